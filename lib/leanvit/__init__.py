@@ -1,0 +1,1 @@
+"""leanvit: vision transformers, cheap to adapt and cheap to run."""

@@ -1,0 +1,147 @@
+"""What a model costs: parameters, FLOPs, saved bytes, latency, peak memory; measured, with the convention named.
+
+FLOPs are 2 per multiply-add, counted by `torch.utils.flop_counter` (our ops bring their own formula). Saved bytes are
+what autograd keeps for the backward pass, parameters left out, each storage counted once. Times are wall clock; two
+things are compared only when they are timed interleaved in one process (`interleaved`).
+"""
+
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from leanvit import surgery
+
+
+def parameters(model: nn.Module) -> dict[str, int]:
+    """`{"trainable", "total", "bytes"}`: counts, and the bytes that all parameters take."""
+    trainable, total = surgery.count(model)
+    return {
+        "trainable": trainable,
+        "total": total,
+        "bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+    }
+
+
+def training_flops(model: nn.Module, x: Tensor) -> dict[str, int]:
+    """`{"forward", "backward"}` FLOPs of one training step on `x: (B, 3, H, W)`, all products, no optimiser."""
+    with FlopCounterMode(display=False) as counter:
+        loss = model(x).float().sum()
+        forward = counter.get_total_flops()
+        if loss.requires_grad:
+            loss.backward()
+    model.zero_grad(set_to_none=True)
+    return {"forward": forward, "backward": counter.get_total_flops() - forward}
+
+
+@dataclass
+class Saved:
+    """Bytes that autograd keeps; filled when the `with saved(...)` block ends."""
+
+    bytes: int = 0
+
+
+@contextmanager
+def saved(model: nn.Module | None = None) -> Iterator[Saved]:
+    """Measure what autograd saves in the block: every storage once, the parameters and buffers of `model` left out."""
+    own = set()
+    if model is not None:
+        own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    seen: dict[int, int] = {}
+    result, keep = Saved(), []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+            keep.append(storage)  # an address must not be used again while we count
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield result
+    result.bytes = sum(seen.values())
+
+
+def saved_bytes(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor] | None = None) -> int:
+    """Bytes that one training step of `model` on `x` keeps for its backward pass (activations, not parameters)."""
+    with saved(model) as result:
+        out = model(x)
+        value = out.float().sum() if loss is None else loss(out)
+    del value
+    return result.bytes
+
+
+def peak_memory_bytes(device: torch.device | str = "cpu") -> int:
+    """Peak resident memory of this process so far, or the peak of the CUDA allocator."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes everywhere but on macOS
+
+
+def interleaved(
+    candidates: dict[str, Callable[[], object]],
+    *,
+    rounds: int = 20,
+    warmup: int = 3,
+    device: torch.device | str = "cpu",
+) -> dict[str, dict[str, float]]:
+    """Time callables in turn, A B C A B C …, so that a drifting machine touches all alike.
+
+    On the CPU a sample in which this process was pre-empted (`ru_nivcsw` grew) is dropped as long as enough remain; on
+    CUDA, events bracket each call.
+
+    Returns:
+        For each name `median_ms`, `p10_ms`, `p90_ms` (wall clock), `samples`, and `ratio_to_first`: the median over
+        rounds of (first candidate's time / this one's time), larger is faster.
+    """
+    cuda = torch.device(device).type == "cuda"
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    clean: dict[str, list[bool]] = {name: [] for name in candidates}
+    for round_ in range(warmup + rounds):
+        for name, call in candidates.items():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+            ms = _cuda_ms(call) if cuda else _cpu_ms(call)
+            if round_ >= warmup:
+                times[name].append(ms)
+                clean[name].append(resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw == before)
+    first = next(iter(candidates))
+    return {name: _summary(times[name], clean[name], times[first], clean[first]) for name in candidates}
+
+
+def _summary(ms: list[float], clean: list[bool], base: list[float], base_clean: list[bool]) -> dict[str, float]:
+    enough = max(5, len(ms) // 3)
+    own = [t for t, c in zip(ms, clean, strict=True) if c]
+    own = own if len(own) >= enough else ms
+    pairs = [b / t for t, b, c, d in zip(ms, base, clean, base_clean, strict=True) if c and d]
+    pairs = pairs if len(pairs) >= enough else [b / t for t, b in zip(ms, base, strict=True)]
+    ordered = sorted(own)
+    return {
+        "median_ms": statistics.median(own),
+        "p10_ms": ordered[int(0.1 * (len(own) - 1))],
+        "p90_ms": ordered[int(0.9 * (len(own) - 1))],
+        "samples": len(own),
+        "ratio_to_first": statistics.median(pairs),
+    }
+
+
+def _cpu_ms(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _cuda_ms(call: Callable[[], object]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)

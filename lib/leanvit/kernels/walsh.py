@@ -1,0 +1,286 @@
+"""`project` and `expand`: a block-wise 2-D Walsh-Hadamard transform over the token grid, kept to a few bases.
+
+The grid of `h x w` tokens (row-major, behind `prefix` class or register tokens) is padded to whole `n x n` blocks, and
+each block is projected on `R` two-dimensional Walsh functions. With `W` the sequency-ordered Walsh matrix of order `n`,
+
+    project(x)[b, prefix + p*R + i, c] = 1/n * sum_{u,v} W[r_i, u] W[c_i, v] * x_padded[b, block p, u, v, c]
+
+so the basis is orthonormal, `expand` is the exact adjoint, and the prefix tokens are carried along as rows of their
+own: the products of a linear layer see one matrix of `prefix + P*R` rows an image instead of `prefix + h*w`.
+
+The dense one-liner it equals: `torch.cat([x[:, :prefix], dense_matrix(...) @ x[:, prefix:]], dim=1)`.
+
+Both are torch ops (`torch.ops.leanvit.walsh_project`, `walsh_expand`) with autograd, fake tensors and a FLOP formula.
+On the CPU a grid is cut in bands of block rows, which are contiguous in memory, and each band is one batched product.
+On CUDA tensors the source `walsh.cu` is compiled for the given set of bases (`kernels/cuda.py`).
+"""
+
+import functools
+import math
+import warnings
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+ORDERS = (2, 4, 8, 16)
+
+
+@functools.cache
+def _walsh_rows(order: int) -> tuple[tuple[int, ...], ...]:
+    if order not in ORDERS:
+        raise ValueError(f"order {order} is not one of {ORDERS}: the order of a Walsh matrix is a power of two")
+    bits = int(math.log2(order))
+
+    def entry(s: int, t: int) -> int:
+        gray = s ^ (s >> 1)
+        reversed_gray = int(format(gray, f"0{bits}b")[::-1], 2)
+        return -1 if (reversed_gray & t).bit_count() % 2 else 1
+
+    return tuple(tuple(entry(s, t) for t in range(order)) for s in range(order))
+
+
+def walsh_matrix(order: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Sequency-ordered Walsh matrix `(n, n)` of +-1: row `s` changes its sign `s` times, `W = W^T`, `W W^T = n I`."""
+    return torch.tensor(_walsh_rows(order), dtype=dtype)
+
+
+def padding(size: int, order: int) -> tuple[int, int]:
+    """`(blocks, before)`: how many blocks of `order` cover `size` tokens, and the padding in front of the first one."""
+    count = -(-size // order)
+    return count, (order * count - size + 1) // 2
+
+
+def blocks(h: int, w: int, order: int) -> int:
+    """Blocks that cover the grid (`P`)."""
+    return padding(h, order)[0] * padding(w, order)[0]
+
+
+def rows(h: int, w: int, prefix: int, rank: int, order: int) -> int:
+    """Rows an image has after `project`: `prefix + P * R`."""
+    return prefix + blocks(h, w, order) * rank
+
+
+def _sources(size: int, order: int, reflect: bool) -> list[int | None]:
+    """For every position of the padded axis, the token it shows (`None`: a zero)."""
+    count, before = padding(size, order)
+    sources: list[int | None] = []
+    for position in range(-before, order * count - before):
+        inside = 0 <= position < size
+        if not inside and reflect:
+            position = -position if position < 0 else 2 * (size - 1) - position
+            if not 0 <= position < size:
+                raise ValueError(
+                    f"reflect padding of a {size}-token axis to {order * count} needs at least "
+                    f"{before + 1} tokens; use pad='zero', which has no such limit"
+                )
+            inside = True
+        sources.append(position if inside else None)
+    return sources
+
+
+def _check(x: Tensor, tokens: int, h: int, w: int, prefix: int, bases: list[int], order: int) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"a floating-point tensor is needed, got {x.dtype}")
+    if x.dim() != 3 or x.shape[1] != tokens:
+        raise ValueError(
+            f"expected (B, {tokens}, C) for a {h}x{w} grid with {prefix} prefix token(s) at order {order}, "
+            f"got {tuple(x.shape)}"
+        )
+    if not bases or len(bases) % 2 or not all(0 <= b < order for b in bases):
+        raise ValueError(f"bases must be pairs of sequencies in 0..{order - 1}, got {bases}")
+
+
+@functools.lru_cache(maxsize=256)
+def _axis_matrix(size: int, order: int, reflect: bool) -> Tensor:
+    """`(blocks, n, size)` float64: Walsh row `s` of block `p` as weights over the tokens of one axis."""
+    walsh = walsh_matrix(order)
+    sources = _sources(size, order, reflect)
+    matrix = torch.zeros(len(sources) // order, order, size, dtype=torch.float64)
+    for position, token in enumerate(sources):
+        if token is not None:
+            matrix[position // order, :, token] += walsh[:, position % order]
+    return matrix
+
+
+def dense_matrix(h: int, w: int, bases: list[int], order: int = 8, reflect: bool = False) -> Tensor:
+    """The projection as one dense float64 matrix `(P*R, h*w)`; `expand` multiplies by its transpose."""
+    vertical, horizontal = _axis_matrix(h, order, reflect), _axis_matrix(w, order, reflect)
+    r, c = torch.tensor(bases[0::2]), torch.tensor(bases[1::2])
+    matrix = torch.einsum("piy,qix->pqiyx", vertical[:, r], horizontal[:, c]) / order
+    return matrix.reshape(-1, h * w)
+
+
+def project_ref(
+    x: Tensor, h: int, w: int, prefix: int, bases: list[int], order: int = 8, reflect: bool = False
+) -> Tensor:
+    """Reference of `project` by the dense matrix: `(B, prefix + h*w, C)` -> `(B, prefix + P*R, C)`."""
+    matrix = dense_matrix(h, w, bases, order, reflect).to(x)
+    return torch.cat([x[:, :prefix], matrix @ x[:, prefix:]], dim=1)
+
+
+def expand_ref(
+    z: Tensor, h: int, w: int, prefix: int, bases: list[int], order: int = 8, reflect: bool = False
+) -> Tensor:
+    """Reference of `expand`, the adjoint of `project_ref`: `(B, prefix + P*R, C)` -> `(B, prefix + h*w, C)`."""
+    matrix = dense_matrix(h, w, bases, order, reflect).to(z)
+    return torch.cat([z[:, :prefix], matrix.mT @ z[:, prefix:]], dim=1)
+
+
+# --- the torch path: one batched product for each band of block rows -------------------------------------------------
+
+
+@functools.lru_cache(maxsize=256)
+def _bands(
+    h: int, w: int, bases: tuple[int, ...], order: int, reflect: bool, dtype: torch.dtype, device: torch.device
+) -> list[tuple[int, int, Tensor]]:
+    """`(first token, end token, matrix (p_w*R, tokens))` of each row of blocks; tokens of a band lie side by side."""
+    matrix = dense_matrix(h, w, list(bases), order, reflect)
+    per_band = padding(w, order)[0] * len(bases) // 2
+    bands = []
+    for band in matrix.split(per_band):
+        used = band.reshape(per_band, h, w).abs().amax(dim=(0, 2)).nonzero().flatten()
+        # a set of bases may leave rows of a mirrored band untouched: the range between the outermost used rows counts
+        first, end = (int(used[0]) * w, (int(used[-1]) + 1) * w) if len(used) else (0, w)
+        bands.append((first, end, band[:, first:end].to(device, dtype).contiguous()))
+    return bands
+
+
+def _project_torch(x: Tensor, h: int, w: int, prefix: int, bases: list[int], order: int, reflect: bool) -> Tensor:
+    bands = _bands(h, w, tuple(bases), order, reflect, x.dtype, x.device)
+    if len(bands) == 1 and prefix == 0:
+        first, end, matrix = bands[0]
+        return torch.matmul(matrix, x[:, first:end])
+    out = x.new_empty(x.shape[0], rows(h, w, prefix, len(bases) // 2, order), x.shape[2])
+    out[:, :prefix] = x[:, :prefix]
+    start = prefix
+    for first, end, matrix in bands:
+        stop = start + matrix.shape[0]
+        batch = matrix.expand(x.shape[0], *matrix.shape)
+        torch.bmm(batch, x[:, prefix + first : prefix + end], out=out[:, start:stop])
+        start = stop
+    return out
+
+
+def _expand_torch(z: Tensor, h: int, w: int, prefix: int, bases: list[int], order: int, reflect: bool) -> Tensor:
+    bands = _bands(h, w, tuple(bases), order, reflect, z.dtype, z.device)
+    if len(bands) == 1 and prefix == 0 and bands[0][1] - bands[0][0] == h * w:
+        return torch.matmul(bands[0][2].mT, z)
+    # zero-padded bands tile the grid; mirrored ones overlap, and a band may leave tokens untouched
+    tiled = [token for first, end, _ in bands for token in (first, end)]
+    whole = tiled[0] == 0 and tiled[-1] == h * w and tiled[1:-1:2] == tiled[2:-1:2]
+    new = z.new_empty if whole else z.new_zeros
+    out = new(z.shape[0], prefix + h * w, z.shape[2])
+    out[:, :prefix] = z[:, :prefix]
+    start = prefix
+    for first, end, matrix in bands:
+        stop = start + matrix.shape[0]
+        batch = matrix.mT.expand(z.shape[0], *matrix.mT.shape)
+        place = out[:, prefix + first : prefix + end]
+        if whole:
+            torch.bmm(batch, z[:, start:stop], out=place)
+        else:
+            place += torch.bmm(batch, z[:, start:stop])
+        start = stop
+    return out
+
+
+# --- the ops ---------------------------------------------------------------------------------------------------------
+
+_ARGUMENTS = "int h, int w, int prefix, int[] bases, int order, bool reflect"
+torch.library.define("leanvit::walsh_project", f"(Tensor x, {_ARGUMENTS}) -> Tensor")
+torch.library.define("leanvit::walsh_expand", f"(Tensor z, {_ARGUMENTS}) -> Tensor")
+
+
+@functools.cache
+def _cuda_kernels():
+    """The CuPy launcher, or None (said once): without it CUDA tensors take the torch path."""
+    from leanvit.kernels import cuda
+
+    if cuda.available():
+        return cuda
+    warnings.warn(
+        "CuPy is not usable here, so the Walsh kernels run as torch products on the GPU (slower, same results); "
+        "install it with: pip install 'leanvit[cuda]'",
+        stacklevel=2,
+    )
+    return None
+
+
+def _launcher(x: Tensor):
+    kernel_dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    return _cuda_kernels() if x.is_cuda and x.dtype in kernel_dtypes else None
+
+
+@torch.library.impl("leanvit::walsh_project", ("CPU", "CUDA"))
+def _project(x: Tensor, h: int, w: int, prefix: int, bases: list[int], order: int, reflect: bool) -> Tensor:
+    _check(x, prefix + h * w, h, w, prefix, bases, order)
+    launcher = _launcher(x)
+    return (launcher.project if launcher else _project_torch)(x, h, w, prefix, bases, order, reflect)
+
+
+@torch.library.impl("leanvit::walsh_expand", ("CPU", "CUDA"))
+def _expand(z: Tensor, h: int, w: int, prefix: int, bases: list[int], order: int, reflect: bool) -> Tensor:
+    _check(z, rows(h, w, prefix, len(bases) // 2, order), h, w, prefix, bases, order)
+    launcher = _launcher(z)
+    return (launcher.expand if launcher else _expand_torch)(z, h, w, prefix, bases, order, reflect)
+
+
+@torch.library.register_fake("leanvit::walsh_project")
+def _project_fake(x: Tensor, h: int, w: int, prefix: int, bases: list[int], order: int, reflect: bool) -> Tensor:
+    return x.new_empty(x.shape[0], rows(h, w, prefix, len(bases) // 2, order), x.shape[2])
+
+
+@torch.library.register_fake("leanvit::walsh_expand")
+def _expand_fake(z: Tensor, h: int, w: int, prefix: int, bases: list[int], order: int, reflect: bool) -> Tensor:
+    return z.new_empty(z.shape[0], prefix + h * w, z.shape[2])
+
+
+def _remember(ctx, inputs, output) -> None:
+    ctx.arguments = inputs[1:]
+
+
+torch.library.register_autograd(
+    "leanvit::walsh_project",
+    lambda ctx, g: (torch.ops.leanvit.walsh_expand(g, *ctx.arguments), *[None] * 6),
+    setup_context=_remember,
+)
+torch.library.register_autograd(
+    "leanvit::walsh_expand",
+    lambda ctx, g: (torch.ops.leanvit.walsh_project(g, *ctx.arguments), *[None] * 6),
+    setup_context=_remember,
+)
+
+
+def _additions(batch: int, channels: int, h: int, w: int, bases: list[int], order: int) -> int:
+    """+-1 work counts as additions only: `n^2 P R` a channel (specification of LBP-WHT, section 3.1)."""
+    return batch * channels * order**2 * rows(h, w, 0, len(bases) // 2, order)
+
+
+@register_flop_formula([torch.ops.leanvit.walsh_project, torch.ops.leanvit.walsh_expand])
+def _walsh_flops(x_shape, h, w, prefix, bases, order, reflect, *, out_shape=None, **kwargs) -> int:
+    return _additions(x_shape[0], x_shape[2], h, w, bases, order)
+
+
+def project(x: Tensor, h: int, w: int, prefix: int, bases: list[int], order: int = 8, reflect: bool = False) -> Tensor:
+    """`(B, prefix + h*w, C)` -> `(B, prefix + P*R, C)`: the coefficients of each block in the given bases.
+
+    Args:
+        x: any floating dtype, any strides.
+        h, w: token grid. prefix: class or register tokens in front of it, copied.
+        bases: `[r0, c0, r1, c1, ...]`, vertical and horizontal sequencies in `0..order-1`.
+        order: 2, 4, 8 or 16. reflect: mirror the border tokens instead of padding with zeros.
+
+    Raises:
+        ValueError: a token count, basis or order that does not fit. TypeError: not a floating-point tensor.
+    """
+    return torch.ops.leanvit.walsh_project(x, h, w, prefix, bases, order, reflect)
+
+
+def expand(z: Tensor, h: int, w: int, prefix: int, bases: list[int], order: int = 8, reflect: bool = False) -> Tensor:
+    """`(B, prefix + P*R, C)` -> `(B, prefix + h*w, C)`: the adjoint of `project` with the same arguments.
+
+    With `reflect=False` that is the inverse transform, cropped to the grid; with `reflect=True` mirrored positions are
+    folded back on the tokens they came from.
+    """
+    return torch.ops.leanvit.walsh_expand(z, h, w, prefix, bases, order, reflect)

@@ -1,0 +1,229 @@
+"""Where the linear layers of a vision transformer sit on its token grid, and what their backward pass costs.
+
+The counts are those of LBP-WHT's paper and of INSTANT (specification sections 3 and 6.3): per image, 2 FLOPs a
+multiply-add, +-1 work counted as additions, linear layers only.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from leanvit import surgery
+from leanvit.kernels import walsh
+from leanvit.surgery import Match
+
+NARROWEST = 16  # below this width the transforms cost more than the product they save (talking heads, LoRA factors)
+
+
+def exact_flops(tokens: int, in_features: int, out_features: int) -> int:
+    """Backward of a plain linear layer, both gradients: `4 L Ci Co` (specification 3.1)."""
+    return 4 * tokens * in_features * out_features
+
+
+def flops(in_features: int, out_features: int, blocks: int, rank: int, prefix: int = 0, rule: str = "paper") -> int:
+    """FLOPs that LBP-WHT adds to training one layer: two projections, two products, one expansion.
+
+    Args:
+        blocks: order-8 blocks of the grid (`P`). rank: bases kept (`R`). prefix: exact class tokens.
+        rule: "paper" (specification 3.1) or "instant", the count of INSTANT (ICLR 2026; specification 6.3).
+    """
+    ci, co, rows = in_features, out_features, rank * blocks
+    if rule == "paper":
+        return 4 * rows * ci * co + 64 * rows * (2 * ci + co) + exact_flops(prefix, ci, co)
+    if rule != "instant":
+        raise ValueError(f"rule {rule!r} is neither 'paper' nor 'instant'")
+    low_rank = rows * ci * (2 * co - 1) + rows * co * ci + rank * (blocks - 1) * co * ci + (rank - 1) * co * ci
+    return 127 * rows * (ci + co) + 64 * blocks * ci * (2 * rank - 1) + low_rank + exact_flops(prefix, ci, co)
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a linear layer sits: its token grid and its widths."""
+
+    name: str
+    layout: str  # "tokens" (B, N, C), "hwc" (B, H, W, C) or "chw" (B, C, H, W)
+    grid: tuple[int, int]
+    prefix: int
+    in_features: int
+    out_features: int
+    calls: float = 1.0  # images of this layer for each image of the model: windows of a window attention
+
+    @property
+    def tokens(self) -> int:
+        return self.prefix + self.grid[0] * self.grid[1]
+
+    def blocks(self, order: int = 8) -> int:
+        return walsh.blocks(*self.grid, order)
+
+    def rows(self, rank: int, order: int = 8) -> int:
+        return walsh.rows(*self.grid, self.prefix, rank, order)
+
+    def exact_flops(self) -> int:
+        return int(self.calls * exact_flops(self.tokens, self.in_features, self.out_features))
+
+    def flops(self, rank: int, order: int = 8, rule: str = "paper") -> int:
+        one = flops(self.in_features, self.out_features, self.blocks(order), rank, self.prefix, rule)
+        return int(self.calls * one)
+
+    def saved_bytes(self, rank: int | None, order: int = 8, itemsize: int = 4) -> int:
+        """Bytes of the saved layer input of one image; `rank=None` is the exact layer."""
+        return int(self.calls * (self.rows(rank, order) if rank else self.tokens) * self.in_features * itemsize)
+
+
+def _example(model: nn.Module, batch: int = 2) -> Tensor:
+    config = getattr(model, "pretrained_cfg", None) or {}
+    size = (
+        getattr(getattr(model, "patch_embed", None), "img_size", None) or config.get("input_size", (3, 224, 224))[-2:]
+    )
+    parameter = next(model.parameters())
+    channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
+    return torch.zeros(batch, channels, *size, device=parameter.device, dtype=parameter.dtype)
+
+
+def _token_grid(model: nn.Module, name: str, tokens: int, image: torch.Size, seen: tuple[int, int] | None):
+    """`(grid, prefix)` of a `(B, N, C)` layer input, from the model, its window or the last feature map; or None."""
+    prefix = getattr(model, "num_prefix_tokens", 0)
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    candidates = []
+    if patch is not None:
+        candidates += [((image[-2] // patch[0], image[-1] // patch[1]), prefix)]
+    path = name.split(".")
+    for depth in range(len(path) - 1, 0, -1):
+        window = getattr(model.get_submodule(".".join(path[:depth])), "window_size", None)
+        if window is not None:
+            candidates += [((window, window) if isinstance(window, int) else tuple(window), 0)]
+            break
+    if seen is not None:
+        candidates += [(seen, 0)]
+    side = math.isqrt(tokens - prefix) if tokens > prefix else 0
+    candidates += [((side, side), prefix)]
+    return next(((g, p) for g, p in candidates if g[0] * g[1] > 0 and p + g[0] * g[1] == tokens), None)
+
+
+def find_sites(
+    model: nn.Module,
+    match: Match | None = None,
+    example: Tensor | None = None,
+    grid: tuple[int, int] | None = None,
+    prefix_tokens: int | None = None,
+) -> tuple[list[Site], dict[str, str]]:
+    """Linear layers that see a token grid, found by one forward pass of `example` without gradients.
+
+    Args:
+        example: images `(B, 3, H, W)`, B >= 2 (meta tensors do); by default two blank ones of the model's own size.
+        grid, prefix_tokens: for `(B, N, C)` inputs whose grid cannot be told from the model.
+
+    Returns:
+        The sites, in the order of the model, and `{name: reason}` for the linear layers that are none.
+    """
+    example = _example(model) if example is None else example
+    if example.shape[0] < 2:
+        raise ValueError(
+            f"example has a batch of {example.shape[0]}: two images are needed to tell the batch dimension"
+        )
+    heads = set(surgery.head_modules(model))
+    layers = surgery.linears(model, match)
+    sites: dict[str, Site] = {}
+    skipped: dict[str, str] = {}
+    seen: list[tuple[int, int] | None] = [None]
+
+    def look(name: str, module: nn.Module, x: Tensor) -> Site | str:
+        ci, co = (
+            (module.in_features, module.out_features) if isinstance(module, nn.Linear) else module.weight.shape[1::-1]
+        )
+        calls = x.shape[0] / example.shape[0]
+        if x.dim() < 3:
+            return "its input has no tokens"
+        if x.shape[0] % example.shape[0]:
+            return "its input does not carry the batch"
+        if isinstance(module, nn.Conv2d):
+            return Site(name, "chw", tuple(x.shape[2:]), 0, ci, co, calls)
+        if x.dim() == 4:
+            return Site(name, "hwc", tuple(x.shape[1:3]), 0, ci, co, calls)
+        if x.dim() != 3:
+            return f"its input has {x.dim()} dimensions"
+        found = (grid, prefix_tokens or 0) if grid else _token_grid(model, name, x.shape[1], example.shape, seen[0])
+        if found is None or found[1] + found[0][0] * found[0][1] != x.shape[1]:
+            what = (
+                "form no known grid" if found is None else f"do not match grid={grid} with {found[1]} prefix token(s)"
+            )
+            return f"its {x.shape[1]} tokens {what}; pass grid=(h, w) and prefix_tokens="
+        return Site(name, "tokens", found[0], found[1], ci, co, calls)
+
+    def watch(name: str):
+        def hook(module, inputs):
+            result = look(name, module, inputs[0])
+            (sites if isinstance(result, Site) else skipped)[name] = result
+
+        return hook
+
+    def see(module, inputs, output):
+        if isinstance(output, Tensor) and output.dim() == 4:
+            seen[0] = tuple(output.shape[2:])
+
+    hooks = []
+    modes = {m: m.training for m in model.modules()}
+    try:
+        for name, module in layers:
+            narrow = min(module.weight.shape[:2]) < NARROWEST
+            plain = getattr(type(module), "stock", type(module)) in (nn.Linear, nn.Conv2d)
+            if name in heads:
+                skipped[name] = "the classifier stays exact"
+            elif not plain:
+                skipped[name] = f"{type(module).__name__} has a forward of its own"
+            elif narrow and match is None:
+                skipped[name] = f"narrower than {NARROWEST} channels: the transforms would cost more than they save"
+            else:
+                hooks.append(module.register_forward_pre_hook(watch(name)))
+        hooks += [m.register_forward_hook(see) for m in model.modules() if isinstance(m, nn.Conv2d)]
+        with torch.no_grad():
+            model.eval()(example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes.items():
+            module.training = training
+    for name, _ in layers:
+        if name not in sites and name not in skipped:
+            skipped[name] = "its forward is never called (the block reads the weight itself)"
+    return [sites[name] for name, _ in layers if name in sites], skipped
+
+
+def last_stage(model: nn.Module) -> tuple[str, ...]:
+    """Name prefixes of the last stage: the last third of the blocks of a flat ViT, the last stage of the others.
+
+    EfficientFormerV2's stage goes without its attention down-sampling, as in the released configurations.
+    """
+    blocks = getattr(model, "blocks", None)
+    if isinstance(blocks, (nn.Sequential, nn.ModuleList)):
+        first = len(blocks) - max(1, round(len(blocks) / 3))
+        return tuple(f"blocks.{i}." for i in range(first, len(blocks)))
+    for attribute in ("stages", "layers"):
+        stages = getattr(model, attribute, None)
+        if isinstance(stages, (nn.Sequential, nn.ModuleList)):
+            inner = "blocks." if type(model).__name__ == "EfficientFormerV2" else ""
+            return (f"{attribute}.{len(stages) - 1}.{inner}",)
+    raise ValueError(
+        f"{type(model).__name__} has no blocks, stages or layers: name the layers with match= and scope=None"
+    )
+
+
+def separate_qkv_bias(model: nn.Module, match: Match | None = None) -> list[nn.Module]:
+    """SwinV2, BEiT and EVA read `qkv.weight` themselves unless told to add their biases apart: tell them."""
+    changed = []
+    for name, module in model.named_modules():
+        fused = getattr(module, "qkv_bias_separate", True) is False and getattr(module, "q_bias", None) is not None
+        qkv = getattr(module, "qkv", None)
+        if fused and qkv is not None and (match is None or match(f"{name}.qkv", qkv)):
+            module.qkv_bias_separate = module.separated_by_leanvit = True
+            changed.append(module)
+    return changed
+
+
+def join_qkv_bias(modules: list[nn.Module]) -> None:
+    """Undo `separate_qkv_bias` for the attention modules it returned."""
+    for module in modules:
+        module.qkv_bias_separate = False
+        module.__dict__.pop("separated_by_leanvit", None)

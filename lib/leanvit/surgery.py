@@ -1,0 +1,88 @@
+"""Find layers by full name, replace and restore them, freeze, count.
+
+Layers are found among `nn.Linear` and plain 1x1 `nn.Conv2d` by their full name, never by a substring, and are
+replaced one by one in their parent; no block's class is swapped and no forward is rewritten.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+Match = Callable[[str, nn.Module], bool]
+
+
+@dataclass
+class Report:
+    """What a method did to a model: names matched, what was skipped and why, and the parameter counts."""
+
+    method: str
+    matched: list[str]
+    skipped: dict[str, str] = field(default_factory=dict)
+    trainable: int = 0
+    total: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{self.method}: {len(self.matched)} layers, {self.trainable:,} of {self.total:,} parameters trained"]
+        reasons: dict[str, list[str]] = {}
+        for name, why in self.skipped.items():
+            reasons.setdefault(why, []).append(name)
+        for why, names in reasons.items():
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            lines.append(f"  skipped {', '.join(names[:3])}{more}: {why}")
+        return "\n".join(lines + [f"  {note}" for note in self.notes])
+
+
+def is_linear(module: nn.Module) -> bool:
+    """True for `nn.Linear` and for a 1x1 `nn.Conv2d` that is the same thing (stride 1, no padding, one group)."""
+    if isinstance(module, nn.Linear):
+        return True
+    return (
+        isinstance(module, nn.Conv2d)
+        and module.kernel_size == (1, 1)
+        and module.stride == (1, 1)
+        and module.padding in ((0, 0), "valid")
+        and module.groups == 1
+    )
+
+
+def linears(model: nn.Module, match: Match | None = None) -> list[tuple[str, nn.Module]]:
+    """`(full name, module)` of every linear layer (see `is_linear`) for which `match(name, module)` is true."""
+    return [(n, m) for n, m in model.named_modules() if is_linear(m) and (match is None or match(n, m))]
+
+
+def replace(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    """Put `module` where `name` (full dotted name) is, and return what was there."""
+    parent_name, _, child = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    old = getattr(parent, child)
+    module.train(old.training)
+    setattr(parent, child, module)
+    return old
+
+
+def freeze(model: nn.Module, keep: Callable[[str], bool] = lambda name: False) -> None:
+    """Let exactly the parameters for which `keep(full name)` is true be trained."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(bool(keep(name)))
+
+
+def count(model: nn.Module) -> tuple[int, int]:
+    """`(trainable, total)` number of parameters; a shared tensor counts once."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+
+def head_modules(model: nn.Module) -> list[str]:
+    """Full names of the classifier modules of a timm model (`[]` where it has none)."""
+    names = {id(m): n for n, m in model.named_modules()}
+    classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
+    found = classifier if isinstance(classifier, (tuple, list)) else [classifier]
+    return [names[id(m)] for m in found if m is not None and id(m) in names]
+
+
+def head_parameters(model: nn.Module) -> set[str]:
+    """Full names of the classifier's parameters."""
+    heads = head_modules(model)
+    return {n for n, _ in model.named_parameters() if any(n == h or n.startswith(h + ".") for h in heads)}
