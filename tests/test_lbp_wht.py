@@ -10,10 +10,11 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from leanvit import cost, lbp_wht, sites
 from leanvit.kernels import walsh
 from leanvit.lbp_wht import LBPConv2d, LBPLinear, Setting
-from torch import nn
 
 ALIGNED = [(8, 8), (16, 8), (24, 16)]
 PADDED = [(7, 7), (14, 14), (12, 20), (49, 49)]

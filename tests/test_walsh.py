@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+
 from leanvit import lbp_wht
 from leanvit.kernels import walsh
-from torch.utils.flop_counter import FlopCounterMode
 
 GRIDS = [(7, 7, 0), (8, 8, 1), (14, 14, 1), (12, 20, 5), (5, 9, 0), (49, 49, 0)]
 

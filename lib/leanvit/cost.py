@@ -5,7 +5,6 @@ what autograd keeps for the backward pass, parameters left out, each storage cou
 things are compared only when they are timed interleaved in one process (`interleaved`).
 """
 
-import resource
 import statistics
 import sys
 import time
@@ -18,6 +17,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from leanvit import surgery
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 
 def parameters(model: nn.Module) -> dict[str, int]:
@@ -78,12 +82,19 @@ def saved_bytes(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor] | 
     return result.bytes
 
 
-def peak_memory_bytes(device: torch.device | str = "cpu") -> int:
-    """Peak resident memory of this process so far, or the peak of the CUDA allocator."""
+def peak_memory_bytes(device: torch.device | str = "cpu") -> int | None:
+    """Peak resident memory of this process, or of the CUDA allocator; None where the system does not tell."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes everywhere but on macOS
+
+
+def _preemptions() -> int:
+    """How often this process lost its processor so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw if resource else 0
 
 
 def interleaved(
@@ -107,11 +118,11 @@ def interleaved(
     clean: dict[str, list[bool]] = {name: [] for name in candidates}
     for round_ in range(warmup + rounds):
         for name, call in candidates.items():
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+            before = _preemptions()
             ms = _cuda_ms(call) if cuda else _cpu_ms(call)
             if round_ >= warmup:
                 times[name].append(ms)
-                clean[name].append(resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw == before)
+                clean[name].append(_preemptions() == before)
     first = next(iter(candidates))
     return {name: _summary(times[name], clean[name], times[first], clean[first]) for name in candidates}
 

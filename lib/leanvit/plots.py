@@ -1,0 +1,135 @@
+"""The figures of the house: one style, colours for the colour-blind, and the pictures that several notebooks draw."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Okabe and Ito's palette: told apart with every common colour blindness, and in print
+BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
+    "#000000 #E69F00 #56B4E9 #009E73 #F0E442 #0072B2 #D55E00 #CC79A7".split()
+)
+GREY = "#7F7F7F"
+COLORS = [BLUE, VERMILION, GREEN, ORANGE, SKY, PURPLE, BLACK, YELLOW]
+MARKERS = "oDs^vP*X<>hd"
+VERDICT_COLORS = {"matches": "#D9EFE6", "differs": "#FBE3D4", "not run": "#EEEEEE"}
+
+
+def house() -> None:
+    """Set matplotlib's defaults to the style of the house; call it once, in the set-up cell."""
+    plt.rcParams.update(
+        {
+            "figure.dpi": 110,
+            "figure.constrained_layout.use": True,
+            "font.size": 9.5,
+            "axes.titlesize": 10.5,
+            "axes.titlelocation": "left",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.color": "#E6E6E6",
+            "axes.prop_cycle": plt.cycler(color=COLORS),
+            "legend.frameon": False,
+            "lines.markersize": 6,
+            "image.cmap": "viridis",
+        }
+    )
+
+
+def figure(columns: int = 1, rows: int = 1, *, width: float = 4.2, height: float = 3.2, **keywords):
+    """`(figure, axes)` of panels of `width` x `height` inches; closed for pyplot, so that a cell shows it once."""
+    fig, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), **keywords)
+    plt.close(fig)
+    return fig, axes
+
+
+def tiles(
+    images: Sequence, titles: Sequence[str] | None = None, *, columns: int = 8, size: float = 0.8, marked=(), **imshow
+) -> Figure:
+    """Small pictures `(H, W)` or `(H, W, 3)` in a grid; the indices in `marked` get a frame that stands out."""
+    rows = -(-len(images) // columns)
+    fig, axes = figure(columns, rows, width=size, height=size * (1.25 if titles else 1.0), squeeze=False)
+    for i, ax in enumerate(axes.flat):
+        ax.set(xticks=[], yticks=[])
+        ax.grid(False)
+        if i >= len(images):
+            ax.axis("off")
+            continue
+        ax.imshow(np.asarray(images[i]), **imshow)
+        frame = {"color": VERMILION, "lw": 2.5} if i in marked else {"color": "#BBBBBB", "lw": 0.5}
+        ax.spines[:].set(visible=True, **frame)
+        if titles:
+            ax.set_title(titles[i], fontsize=7.5, loc="center", pad=2)
+    return fig
+
+
+def heatmap(ax: Axes, values, rows: Sequence, columns: Sequence, *, label: str | None, numbers: str = "", **imshow):
+    """A matrix with named rows and columns; `label` of the colour bar (None: no bar), `numbers` a format for cells."""
+    values = np.asarray(values, dtype=float)
+    image = ax.imshow(values, aspect="auto", **imshow)
+    ax.grid(False)
+    ax.set_xticks(range(len(columns)), columns)
+    ax.set_yticks(range(len(rows)), rows)
+    if numbers:
+        dark = image.norm(values) < 0.55
+        for (i, j), value in np.ndenumerate(values):
+            ink = "white" if dark[i, j] else "black"
+            ax.text(j, i, format(value, numbers), ha="center", va="center", fontsize=7, color=ink)
+    if label is not None:
+        ax.figure.colorbar(image, ax=ax, label=label)
+    return image
+
+
+def looks(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """A colour and a marker for each name, the same in every figure that is given the same list."""
+    return {
+        name: {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]} for i, name in enumerate(names)
+    }
+
+
+def trade_off(
+    ax: Axes,
+    points: Mapping[str, tuple[float, Mapping]],
+    look: Mapping[str, Mapping[str, str]],
+    *,
+    joined: Sequence[str] = (),
+    floor: tuple[str, Mapping] | None = None,
+    hollow: bool = False,
+) -> None:
+    """Quality over cost: `{name: (cost, {"mean", "std"})}`, with bars of one standard deviation.
+
+    A line joins the names in `joined` (one method at several settings); `floor` is a name and summary without a cost,
+    drawn as a band; `hollow` markers are for numbers that are not ours.
+    """
+    line = [points[name] for name in joined if name in points]
+    ax.plot([x for x, _ in line], [y["mean"] for _, y in line], color=GREY, lw=1, zorder=1)
+    if floor is not None:
+        mean, std = floor[1]["mean"], floor[1]["std"]
+        ax.axhline(mean, color=GREY, ls="--", lw=1)
+        ax.axhspan(mean - std, mean + std, color=GREY, alpha=0.15, lw=0)
+        place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "ha": "right"}
+        ax.annotate(floor[0], (1, mean), (-2, 3), color=GREY, **place)
+    for name, (x, y) in points.items():
+        face = "white" if hollow else look[name]["color"]
+        style = {**look[name], "ls": "none", "mfc": face, "capsize": 3, "label": name, "zorder": 3}
+        ax.errorbar(x, y["mean"], yerr=y["std"] or None, **style)
+
+
+def legend_beside(fig: Figure, axes: Iterable[Axes], **keywords) -> None:
+    """One legend for all panels, to the right of the figure, each name once."""
+    entries: dict[str, object] = {}
+    for ax in axes:
+        for handle, name in zip(*ax.get_legend_handles_labels(), strict=True):
+            entries.setdefault(name, handle)
+    fig.legend(entries.values(), entries.keys(), loc="outside right upper", **keywords)
+
+
+def ledger(frame: pd.DataFrame):
+    """The table of `claims.table` with a colour for each verdict, for display."""
+    paint = lambda verdict: f"background-color: {VERDICT_COLORS[verdict]}; color: black"  # noqa: E731
+    left = [{"selector": "th, td", "props": "text-align: left; vertical-align: top"}]
+    return frame.style.map(paint, subset=["verdict"]).hide(axis="index").set_table_styles(left)

@@ -1,0 +1,357 @@
+"""The runner: parameters checked first, one process a run, fresh results skipped, nothing lost by kill or Ctrl-C."""
+
+import errno
+import json
+import os
+import signal
+import time
+
+import psutil
+import pytest
+from conftest import PARAMETERS
+
+from leanvit import params, record, run
+
+CELL = "lr: float = 1e-3  # learning rate [> 0]\nfactor: float | None = None\nshots: list[int] = [5, 20]  # [1..64]"
+
+
+def wait_for(condition, seconds=30.0):
+    """Until `condition()` is true; fails the test when it does not come true."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)
+
+
+# ---- parameters
+
+
+def test_declarations_carry_type_default_help_and_range():
+    found = params.parse_cell(PARAMETERS + "\n" + "flag: bool = True", "here")
+    assert list(found) == ["lr", "steps", "method", "seed", "flag"]
+    assert found["lr"] == params.Parameter("lr", "float", 1e-3, "learning rate", low=0.0, low_open=True)
+    assert (found["steps"].low, found["steps"].high) == (1, 100)
+    assert found["method"].choices == ("exact", "lora")
+    assert found["flag"].help == ""
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        ("lr = 1", "name: type = default"),
+        ("lr: float", "name: type = default"),
+        ("lr: complex = 1", "has the type complex"),
+        ("lr: list[list[int]] = []", "has the type list"),
+        ("lr: float = -1.0  # rate [> 0]", "the default of lr is -1.0"),
+        ("lr: int = 1.5", "must be an integer"),
+        ("lr: float = nothing", "must be a plain value"),
+        ("lr: float = (", "parameters cell, line 1"),
+    ],
+)
+def test_malformed_declarations_are_named(cell, message):
+    with pytest.raises(params.ParameterError, match="nb.ipynb.*" + message.replace("[", r"\[")):
+        params.parse_cell(cell, "nb.ipynb")
+
+
+def test_yaml_numbers_are_numbers(tmp_path):
+    file = tmp_path / "smoke.yaml"
+    file.write_text("lr: 1e-3\nfactor: null\nshots: [1, 2]\n")
+    values = params.resolve(params.parse_cell(CELL, "nb"), params.read_values(file), "smoke.yaml")
+    assert values == {"lr": 0.001, "factor": None, "shots": [1, 2]}
+    assert isinstance(
+        params.resolve(params.parse_cell(CELL, "nb"), {"lr": 1}, "f")["lr"], float
+    )  # int is fine for float
+    assert params.parse_value("1e-3") == 0.001
+    assert params.parse_value("[1, 2]") == [1, 2]
+    assert params.parse_value("yes") == "yes"  # YAML 1.2: no surprise truth value
+    assert params.parse_value("a: b: c") == "a: b: c"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"lrr": 1}, r"f.yaml: lrr = 1 \(an integer\): there is no such parameter \(did you mean lr\?\)"),
+        ({"qqqqq": 1}, "known are lr, steps, method, seed"),
+        ({"lr": "1e-3"}, r"f.yaml: lr = '1e-3' \(text\): must be a number > 0 \(learning rate\)"),
+        ({"lr": 0}, r"lr = 0 \(an integer\): must be a number > 0"),
+        ({"lr": True}, "lr = True"),
+        ({"lr": float("nan")}, "lr = nan"),
+        ({"lr": float("inf")}, "lr = inf"),
+        ({"lr": None}, "lr = null: must be a number > 0"),
+        ({"steps": True}, r"steps = True \(a truth value\): must be an integer from 1 to 100"),
+        ({"steps": 3.0}, r"steps = 3.0 \(a number\): must be an integer from 1 to 100"),
+        ({"steps": 101}, "from 1 to 100"),
+        ({"steps": [1]}, r"steps = \[1\] \(a list\)"),
+        ({"method": "Exact"}, "must be one of exact, lora"),
+        ({"lr": -1, "seed": -1}, "(?s)lr = -1.*\n.*seed = -1"),  # all problems at once
+    ],
+)
+def test_wrong_values_are_named(given, message):
+    with pytest.raises(params.ParameterError, match=message):
+        params.resolve(params.parse_cell(PARAMETERS, "nb"), given, "f.yaml")
+
+
+def test_list_items_are_checked():
+    with pytest.raises(params.ParameterError, match="a list, each item an integer from 1 to 64"):
+        params.resolve(params.parse_cell(CELL, "nb"), {"shots": [5, 65]}, "f.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty"),
+        ("# only a comment\n", "is empty"),
+        ("- lr: 1\n", r"a list.*must hold 'name: value' lines"),
+        ("just text\n", "must hold 'name: value' lines"),
+        ("lr: 1\nsteps: 2\nlr: 3\n", "line 3: the key lr stands twice"),
+        ("lr: [1\n", "not valid YAML"),
+        ("lr: !!python/object:os.system 1\n", "not valid YAML"),
+        ("a: 1\n---\nb: 2\n", "not valid YAML"),
+        ("\x00", "cannot be read"),
+    ],
+)
+def test_bad_yaml_is_named(tmp_path, text, message):
+    file = tmp_path / "smoke.yaml"
+    file.write_text(text)
+    with pytest.raises(params.ParameterError, match="smoke.yaml.*" + message):
+        params.read_values(file)
+
+
+# ---- what runs where
+
+
+def test_results_of_tiers_and_overrides(repository):
+    repository.notebook("1_x")
+    files = [repository.params("1_x", name) for name in ("smoke", "paper_efl1_cifar100", "my_idea")]
+    results = [run.plan(repository.root, file).result.as_posix() for file in files]
+    assert results == [
+        "outputs/smoke/1_x.json",
+        "outputs/paper/1_x.efl1_cifar100.json",
+        "outputs/custom/1_x.my_idea.json",
+    ]
+    first, second = (run.plan(repository.root, files[0], {"lr": lr}) for lr in ("0.1", "0.2"))
+    assert first.result.parent.as_posix() == "outputs/custom"
+    assert first.result != second.result
+    assert first.parameters["lr"] == 0.1 and first.overrides == {"lr": 0.1}
+
+
+def test_errors_before_anything_starts(repository):
+    repository.notebook("1_x")
+    repository.params("1_x", text="lr: 1\nstep: 3")
+    repository.params("1_x", "embedded", "steps: many")
+    code, output = repository.call("run", "params/1_x/smoke.yaml", "params/1_x/embedded.yaml")
+    assert code == 2
+    assert "params/1_x/smoke.yaml: step = 3 (an integer): there is no such parameter (did you mean steps?)" in output
+    assert "params/1_x/embedded.yaml: steps = 'many' (text): must be an integer from 1 to 100" in output
+    assert str(repository.root) not in output and "Traceback" not in output
+    assert not (repository.root / "outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run"], "name either parameter files or --tier"),
+        (["run", "params/1_x/smok.yaml"], "did you mean params/1_x/smoke.yaml?"),
+        (["run", "--tier", "smoke", "--notebook", "1_y"], "did you mean 1_x?"),
+        (["run", "--tier", "gpu", "--notebook", "1_x"], "params/1_x/gpu.yaml is not there"),
+        (["run", "--tier", "smoek"], "did you mean smoke?"),
+        (["run", "--tier", "smoke", "--jobs", "0"], "must be at least 1"),
+        (["run", "params/1_x/smoke.yaml", "-p", "lr", "fast"], "-p: lr = 'fast' (text): must be a number > 0"),
+    ],
+)
+def test_command_line_errors(repository, monkeypatch, capsys, arguments, message):
+    repository.notebook("1_x")
+    repository.params("1_x")
+    monkeypatch.chdir(repository.root)
+    monkeypatch.setattr(run.signal, "signal", lambda *_: None)
+    assert run.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_outside_of_a_repository(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run.signal, "signal", lambda *_: None)
+    assert run.main(["list"]) == 2
+    assert "no repository of leanvit" in capsys.readouterr().err
+
+
+def test_unwritable_outputs_and_full_disk_are_named(repository, monkeypatch):
+    repository.notebook("1_x")
+    job = run.plan(repository.root, repository.params("1_x"))
+    (repository.root / "outputs").write_text("a file where the folder should be")
+    with pytest.raises(OSError, match="outputs/smoke/: cannot write"):
+        run.check_writable(repository.root, [job])
+    (repository.root / "outputs").unlink()
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(record.os, "fsync", full)
+    with pytest.raises(OSError, match="outputs/smoke/: cannot write .*No space left on device"):
+        run.check_writable(repository.root, [job])
+    assert list((repository.root / "outputs" / "smoke").iterdir()) == []
+
+
+# ---- running
+
+
+def test_runs_skips_forces_and_survives_failures(repository):
+    """One sweep over a good, a failing, a dying and a silent notebook; then what is done is not done again."""
+    repository.notebook("1_good", "print('here:', run.root / 'x', run.tier)")
+    repository.notebook("2_fails", "fine = 1", "1 / 0")
+    repository.notebook("3_dies", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    repository.notebook("4_silent", save="print('forgot to save')")
+    for name in ("1_good", "2_fails", "3_dies", "4_silent"):
+        repository.params(name, text="lr: 1e-2")
+    code, output = repository.call("run", "--tier", "smoke", "--jobs", "2")
+    assert code == 1
+    assert "smoke/1_good: done in" in output and ": 3 steps at 0.01" in output
+    assert "cell 5: 1 / 0" in output and "ZeroDivisionError: division by zero" in output
+    assert "DeadKernelError: Kernel died" in output
+    assert "wrote none; its last cell must call run.save()" in output
+    assert output.count("FAILED") == 3
+    smoke = repository.root / "outputs" / "smoke"
+    assert sorted(path.name for path in smoke.glob("*.json")) == ["1_good.json"]
+    assert sorted(path.name for path in smoke.glob("*.failed.ipynb")) == [
+        f"{name}.failed.ipynb" for name in ("2_fails", "3_dies", "4_silent")
+    ]
+    assert not list(smoke.glob("*.partial.ipynb")) and not list(smoke.glob(".*"))
+
+    result = repository.result("smoke/1_good.json")
+    assert record.incomplete(result) == []
+    assert result["parameters"] == {"lr": 0.01, "steps": 3, "method": "exact", "seed": 0}
+    assert (result["run"], result["tier"], result["params_file"]) == ("1_good", "smoke", "params/1_good/smoke.yaml")
+    executed = (smoke / "1_good.ipynb").read_text()
+    assert '"here: x smoke\\n"' in executed.replace("./x", "x")
+    assert str(repository.root) not in executed and "papermill" not in executed and 'execution"' not in executed
+
+    code, output = repository.call("run", "--tier", "smoke", "--notebook", "1_good")
+    assert code == 0 and "smoke/1_good: up to date" in output and "started" not in output
+    assert repository.result("smoke/1_good.json") == result
+
+    (repository.root / ".cache" / "checkout_id").write_text("another clone")
+    assert "from elsewhere" in repository.call("list")[1]
+    repository.params("1_good", text="lr: 2e-2")
+    _, listing = repository.call("list")
+    assert "stale" in listing and "parameters changed" in listing and "failed" in listing
+
+
+def test_finished_runs_are_rendered_and_tabled(repository):
+    repository.notebook(
+        "1_good",
+        "verdicts = [{'verdict': v} for v in ('matches', 'differs', 'not run', 'matches')]\n"
+        "run.verdicts += [{**v, 'claim': 'c', 'why': ''} for v in verdicts]",
+    )
+    repository.params("1_good")
+    code, output = repository.call("run", "--tier", "smoke", "--report")
+    assert code == 0, output
+    assert (repository.root / "outputs" / "site" / "index.html").exists()
+    row = next(line for line in output.splitlines() if line.startswith("smoke/1_good  3 steps"))
+    assert row.split()[5:8] == ["2", "1", "1"]
+
+
+SLOW = """\
+import time
+run.checkpoints.mkdir(parents=True, exist_ok=True)
+progress = run.checkpoints / "progress"
+began_at = int(progress.read_text()) if progress.exists() else 0
+try:
+    for step in range(began_at, 4):
+        progress.write_text(str(step))
+        time.sleep(0.1 if began_at else 30)
+except KeyboardInterrupt:
+    progress.write_text("3")
+    raise
+run.metrics["began_at"] = began_at"""
+
+
+def _descendants(process):
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def _gone(processes):
+    return all(not child.is_running() or child.status() == psutil.STATUS_ZOMBIE for child in processes)
+
+
+@pytest.mark.parametrize("how", ["ctrl-c", "kill -9 of the runner"])
+def test_an_interrupted_run_goes_on_from_its_checkpoint(repository, how):
+    repository.notebook("1_slow", SLOW)
+    repository.params("1_slow")
+    process = repository.leanvit("run", "--tier", "smoke")
+    wait_for(lambda: list(repository.root.glob("outputs/smoke/checkpoints/1_slow/*/progress")))
+    family = _descendants(process)
+    assert len(family) >= 2  # worker and kernel
+    if how == "ctrl-c":
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=30)
+        assert process.returncode == 130 and "stopping 1 run(s)" in output
+    else:
+        next(repository.root.glob("outputs/smoke/checkpoints/1_slow/*/progress")).write_text(
+            "3"
+        )  # a periodic checkpoint
+        process.kill()
+        process.communicate(timeout=30)
+    wait_for(lambda: _gone(family), 5)
+    assert not (repository.root / "outputs" / "smoke" / "1_slow.json").exists()
+
+    code, output = repository.call("run", "--tier", "smoke")
+    assert code == 0, output
+    assert repository.result("smoke/1_slow.json")["metrics"]["began_at"] == 3
+    assert not (repository.root / "outputs" / "smoke" / "checkpoints").exists()
+
+
+def test_ray_is_optional(repository):
+    repository.notebook("1_x")
+    repository.params("1_x")
+    try:
+        import ray  # noqa: F401
+    except ImportError:
+        code, output = repository.call("run", "--tier", "smoke", "--ray")
+        assert code == 2 and "pip install 'leanvit[cluster]'" in output
+    else:
+        pytest.skip("Ray is installed")
+
+
+def test_environment_of_a_run(repository, monkeypatch):
+    repository.notebook("1_x")
+    job = run.plan(repository.root, repository.params("1_x"))
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    environment = run._environment(job, 2)
+    assert "MPLBACKEND" not in environment  # the kernel's inline backend draws into the notebook
+    assert (environment["OMP_NUM_THREADS"], environment["TQDM_DISABLE"]) == ("2", "1")
+
+
+def test_a_notebook_that_measures_time_runs_alone(repository, monkeypatch):
+    for name, metadata in (("1_a", {}), ("2_b", {"leanvit": {"alone": True}}), ("3_c", {})):
+        repository.notebook(name, **metadata)
+        repository.params(name)
+    jobs = [run.plan(repository.root, file) for file in run.parameter_files(repository.root)]
+    log = []
+
+    class Pretend:
+        def __init__(self, root, job, threads):
+            self.name, self.polls = job.name, 0
+            log.append(("start", self.name))
+
+        def poll(self):
+            self.polls += 1
+            if self.polls < 2:
+                return None
+            log.append(("end", self.name))
+            return 1
+
+    monkeypatch.setattr(run, "Local", Pretend)
+    run.execute(repository.root, jobs, at_once=2)
+    assert log[:2] == [("start", "1_a"), ("start", "3_c")]
+    assert log[-2:] == [("start", "2_b"), ("end", "2_b")]
+
+
+def test_a_damaged_result_is_not_fresh(repository):
+    repository.notebook("1_x")
+    job = run.plan(repository.root, repository.params("1_x"))
+    path = repository.root / job.result
+    record.write_atomic(path, '{"notebook": ')
+    assert run.state(repository.root, job, "here")[0] == "missing"
+    record.write_atomic(path, json.dumps({"notebook": "1_x"}))
+    kind, why = run.state(repository.root, job, "here")
+    assert kind == "stale" and "no parameters" in why

@@ -1,0 +1,446 @@
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.models import VisionTransformer
+from torch import nn
+from torch.utils.data import Dataset
+
+from leanvit import checkpoint, surgery
+from leanvit.train import CheckpointError, Recipe, TrainingDiverged, _Order, _Stream, fit, learning_rate
+
+HERE = Path(__file__).parent
+
+
+class Images(Dataset):
+    """Small images with a rule to learn; `augment` draws from all three generators that transforms use."""
+
+    name, classes, sha256 = "rule", ["dark", "bright", "mixed"], "0" * 64
+
+    def __init__(self, size: int = 48, augment: bool = False):
+        generator = torch.Generator().manual_seed(0)
+        self.labels = torch.arange(size) % 3
+        self.images = torch.randn(size, 3, 8, 8, generator=generator) + self.labels[:, None, None, None] - 1
+        self.augment = augment
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        image = self.images[i]
+        if self.augment:
+            image = image * (0.9 + 0.2 * random.random()) + np.random.normal(0, 0.1) + 0.1 * torch.randn(image.shape)
+        return image.float(), int(self.labels[i])
+
+
+class Batched(Images):
+    def __getitems__(self, indices):
+        return self.images[indices], self.labels[indices]
+
+
+def tiny(dropout: float = 0.0, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return VisionTransformer(
+        img_size=8, patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=3, drop_rate=dropout,
+        proj_drop_rate=dropout, drop_path_rate=dropout,
+    )  # fmt: skip
+
+
+def equal(a: nn.Module, b: nn.Module) -> bool:
+    theirs = b.state_dict()
+    return all(torch.equal(t, theirs[n]) for n, t in a.state_dict().items())
+
+
+LONG = Recipe(batch_size=20, lr=1e-3, steps=12, mixup=0.3, cutmix=0.5, weight_decay=0.01, clip_norm=1.0, warmup_steps=3)
+SHARED = Recipe(batch_size=12, lr=1e-3, steps=6, label_smoothing=0.1)
+
+
+def killed_child(folder: str) -> None:
+    """Train, and die without a word in the middle of step 8."""
+    calls = []
+
+    def loss(model, images, labels):
+        calls.append(1)
+        value = F.cross_entropy(model(images), labels)
+        if len(calls) == 8:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return value
+
+    fit(tiny(0.2), Images(augment=True), LONG, checkpoint_dir=folder, checkpoint_every_s=0, loss=loss, progress=False)
+
+
+def distributed_child(folder: str) -> None:
+    """One of two processes."""
+    model = tiny()
+    history = fit(model, Images(), SHARED, test_set=Images(30), checkpoint_dir=folder + "/steps", checkpoint_every_s=0)
+    torch.save((model.state_dict(), history), f"{folder}/rank{os.environ['RANK']}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def children(tmp_path_factory):
+    """The processes that tests need, all started at once: importing torch takes seconds."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    base = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1"}
+    started = {}
+
+    def start(name, function, folder, **env):
+        code = f"import torch; torch.set_num_threads(1); import test_train; test_train.{function}({str(folder)!r})"
+        started[name] = (
+            folder,
+            subprocess.Popen([sys.executable, "-c", code], cwd=HERE, env=base | env, stderr=subprocess.PIPE, text=True),
+        )
+
+    start("killed", "killed_child", tmp_path_factory.mktemp("killed"))
+    folder = tmp_path_factory.mktemp("distributed")
+    for rank in "01":
+        group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        start(rank, "distributed_child", folder, MASTER_PORT=str(port), ACCELERATE_USE_CPU="true", **group)
+    yield started
+    for _, process in started.values():
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(autouse=True)
+def one_thread(children):
+    """Bit for bit on one CPU: the children and this process add up in the same order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def soft_loss(model, images, labels):
+    return F.cross_entropy(model(images), labels)
+
+
+# ---- learning ------------------------------------------------------------------------------------------------------
+
+
+def test_learns_and_reports():
+    model = tiny()
+    history = fit(model, Images(), Recipe(batch_size=12, lr=1e-2, epochs=5), test_set=Batched(30), progress=False)
+    assert history.steps == 20 and [e["step"] for e in history.epochs] == [4, 8, 12, 16, 20]
+    assert [e["epoch"] for e in history.epochs] == [1, 2, 3, 4, 5]
+    assert history.epochs[-1]["loss"] < 0.5 * history.epochs[0]["loss"]
+    assert history.epochs[-1]["accuracy"] > 0.9
+    assert history.seconds > 0 and history.images_per_s > 0 and history.resumed_from is None
+
+
+def test_equals_a_plain_loop():
+    recipe = Recipe(batch_size=12, lr=1e-3, steps=5, weight_decay=0.1, label_smoothing=0.1)
+    data, ours, plain = Images(), tiny(), tiny()
+    fit(ours, data, recipe, progress=False)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=recipe.lr, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=5)
+    for keys in _Order(len(data), 12, 0, 5, recipe.seed):
+        index = [i for _, i in keys]
+        F.cross_entropy(plain(data.images[index]), data.labels[index], label_smoothing=0.1).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    for (name, p), q in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_schedule_equals_torch():
+    recipe = Recipe(batch_size=1, lr=0.3, steps=50, warmup_steps=7, warmup_ratio=0.01)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
+    parts = [
+        torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=7),
+        torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50),
+    ]
+    for step in range(50):
+        assert learning_rate(recipe, step, 50) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        optimizer.step()
+        for part in parts:
+            part.step()
+    floor = Recipe(batch_size=1, lr=0.3, steps=50, min_lr_ratio=0.1)
+    assert learning_rate(floor, 50, 50) == pytest.approx(0.03)
+
+
+def test_only_trainable_parameters_move_and_modes_return():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Dropout(0.1), nn.Linear(256, 3))
+    surgery.freeze(model, keep=lambda name: name.startswith("4."))
+    model.train()
+    model[3].eval()
+    before, seen = {n: t.clone() for n, t in model.state_dict().items()}, []
+
+    def loss(m, images, labels):
+        seen.append((m[1].training, m[3].training))
+        return F.cross_entropy(m(images), labels)
+
+    fit(model, Images(), Recipe(batch_size=12, lr=1e-2, steps=2), loss=loss, norm_eval=True, progress=False)
+    assert seen == [(False, True)] * 2
+    assert model.training and model[1].training and not model[3].training
+    changed = {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
+    assert changed == {"4.weight", "4.bias"}
+    fit(model.eval(), Images(), Recipe(batch_size=12, lr=1e-2, steps=1), progress=False)
+    assert not torch.equal(model[1].running_mean, before["1.running_mean"]) and not model[1].training
+
+
+def test_half_precision_leaves_no_trace():
+    model, other = tiny(), tiny()
+    types = []
+    hook = model.blocks[0].mlp.fc1.register_forward_hook(lambda m, x, y: types.append(y.dtype))
+    fit(model, Images(), Recipe(batch_size=12, lr=1e-3, steps=2, precision="bf16"), progress=False)
+    hook.remove()
+    assert types == [torch.bfloat16] * 2
+    assert not {"forward", "_original_forward"} & model.__dict__.keys()
+    fit(other, Images(), Recipe(batch_size=12, lr=1e-3, steps=2), progress=False)  # another precision, same process
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    torch.testing.assert_close(model.head.weight, other.head.weight, rtol=0.1, atol=2e-3)
+
+
+# ---- randomness ----------------------------------------------------------------------------------------------------
+
+
+def test_order_is_a_stream_of_epochs():
+    whole = list(_Order(10, 4, 0, 5, seed=3))
+    assert [len(keys) for keys in whole] == [4] * 5
+    flat = [key for keys in whole for key in keys]
+    assert sorted(i for e, i in flat if e == 0) == sorted(i for e, i in flat if e == 1) == list(range(10))
+    assert [i for e, i in flat if e == 0] != [i for e, i in flat if e == 1]
+    assert list(_Order(10, 4, 3, 5, seed=3)) == whole[3:]
+    halves = [list(_Order(10, 4, 0, 5, seed=3, rank=r, world=2)) for r in (0, 1)]
+    assert [sorted(a + b) for a, b in zip(*halves, strict=True)] == [sorted(keys) for keys in whole]
+
+
+def test_augmentation_depends_on_seed_epoch_and_index_alone():
+    stream = _Stream(Images(augment=True), seed=5)
+    together, _ = stream.__getitems__([(0, 1), (2, 7), (0, 9)])
+    torch.rand(3)
+    alone, _ = stream.__getitems__([(2, 7)])
+    assert torch.equal(together[1], alone[0])
+    for other in (_Stream(Images(augment=True), 6).__getitems__([(2, 7)]), stream.__getitems__([(3, 7)])):
+        assert not torch.equal(other[0], alone)
+    assert not _Stream(Images(), 0).draws and not _Stream(Batched(), 0).draws
+
+
+def test_same_seed_same_numbers_with_workers_and_generators_untouched():
+    models = [tiny(0.2) for _ in range(3)]
+    random.seed(1), np.random.seed(2), torch.manual_seed(3)
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    for model, seed, workers in zip(models, (0, 0, 1), (0, 2, 0), strict=True):
+        recipe = Recipe(batch_size=12, lr=1e-3, steps=3, seed=seed, workers=workers)
+        fit(model, Images(augment=True), recipe, progress=False)
+    assert equal(models[0], models[1]) and not equal(models[0], models[2])
+    assert states[0] == random.getstate() and states[1] == np.random.get_state()[1].tolist()
+    assert torch.equal(states[2], torch.get_rng_state())
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+def test_kill_9_then_resume_bit_for_bit(children):
+    folder, process = children["killed"]
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == -signal.SIGKILL, errors
+    assert checkpoint.newest(folder).name == "step_00000007"
+    (folder / ".writing_00000008").mkdir()  # as when killed in the middle of writing
+    whole, resumed = tiny(0.2), tiny(0.2, seed=9)
+    arguments = {"loss": soft_loss, "progress": False, "test_set": Images(30)}
+    expected = fit(whole, Images(augment=True), LONG, **arguments)
+    history = fit(resumed, Images(augment=True), LONG, checkpoint_dir=folder, **arguments)
+    assert history.resumed_from == 7 and equal(whole, resumed)
+    assert [e["loss"] for e in history.epochs] == [e["loss"] for e in expected.epochs]
+    assert history.epochs[-1] == expected.epochs[-1]
+    assert not folder.exists()
+
+
+def test_completed_run_is_kept_only_on_request(tmp_path):
+    first, second = tiny(), tiny(seed=1)
+    recipe = Recipe(batch_size=12, lr=1e-3, steps=3)
+    kept = fit(first, Images(), recipe, checkpoint_dir=tmp_path / "a", keep=True, progress=False)
+    again = fit(second, Images(), recipe, checkpoint_dir=tmp_path / "a", keep=True, progress=False)
+    assert equal(first, second) and again.resumed_from == 3 and again.epochs == kept.epochs
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "mine.txt").write_text("not ours")
+    for name in "bc":
+        fit(tiny(), Images(), recipe, checkpoint_dir=tmp_path / name, checkpoint_every_s=0, progress=False)
+    assert [p.name for p in (tmp_path / "b").iterdir()] == ["mine.txt"] and not (tmp_path / "c").exists()
+
+
+def test_another_training_is_refused(tmp_path):
+    recipe = Recipe(batch_size=12, lr=1e-3, steps=2)
+    fit(tiny(), Images(), recipe, checkpoint_dir=tmp_path, keep=True, progress=False)
+    with pytest.raises(CheckpointError, match="lr is 0.001 there and 0.01 here"):
+        fit(tiny(), Images(), Recipe(batch_size=12, lr=1e-2, steps=2), checkpoint_dir=tmp_path, progress=False)
+    wider = VisionTransformer(img_size=8, patch_size=4, embed_dim=24, depth=2, num_heads=2, num_classes=3)
+    with pytest.raises(CheckpointError, match=r"parameter cls_token is \[1, 1, 16\] trained there and \[1, 1, 24\]"):
+        fit(wider, Images(), recipe, checkpoint_dir=tmp_path, progress=False)
+    deeper = VisionTransformer(img_size=8, patch_size=4, embed_dim=16, depth=3, num_heads=2, num_classes=3)
+    with pytest.raises(CheckpointError, match=r"parameter blocks.2.norm1.weight is absent there"):
+        fit(deeper, Images(), recipe, checkpoint_dir=tmp_path, progress=False)
+    with pytest.raises(CheckpointError, match="images is 48 there and 24 here"):
+        fit(tiny(), Images(24), recipe, checkpoint_dir=tmp_path, progress=False)
+    (checkpoint.newest(tmp_path) / "optimizer.bin").write_bytes(b"cut")
+    with pytest.raises(CheckpointError, match="damaged"):
+        fit(tiny(), Images(), recipe, checkpoint_dir=tmp_path, progress=False)
+
+
+def test_nan_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path):
+    model, calls, recipe = tiny(), [], Recipe(batch_size=12, lr=1e-3, steps=6)
+
+    def loss(m, images, labels):
+        calls.append(1)
+        return soft_loss(m, images, labels) * (float("nan") if len(calls) == 4 else 1.0)
+
+    with pytest.raises(TrainingDiverged, match=r"step 4 of 6: the loss is nan.*step_00000003"):
+        fit(model, Images(), recipe, loss=loss, checkpoint_dir=tmp_path, checkpoint_every_s=0, progress=False)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    history = fit(tiny(), Images(), recipe, checkpoint_dir=tmp_path, progress=False)
+    assert history.resumed_from == 3
+
+
+def test_poisoned_weights_are_never_saved(tmp_path):
+    calls = []
+
+    def loss(m, images, labels):  # a finite loss with a gradient that is not: sqrt at 0
+        calls.append(1)
+        value = soft_loss(m, images, labels)
+        return value + ((m.head.weight * 0).sum().sqrt() if len(calls) == 3 else 0)
+
+    with pytest.raises(TrainingDiverged, match=r"step 3: parameter head.weight.*step_00000002"):
+        recipe = Recipe(batch_size=12, lr=1e-3, steps=6)
+        fit(tiny(), Images(), recipe, loss=loss, checkpoint_dir=tmp_path, checkpoint_every_s=0, progress=False)
+    assert checkpoint.newest(tmp_path).name == "step_00000002"
+
+
+def test_ctrl_c_saves_then_raises(tmp_path):
+    whole, model, calls = tiny(0.2), tiny(0.2), []
+    recipe = Recipe(batch_size=12, lr=1e-3, steps=6)
+
+    def loss(m, images, labels):
+        calls.append(1)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return soft_loss(m, images, labels)
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match="step 4 of 6"):
+        fit(model, Images(), recipe, loss=loss, checkpoint_dir=tmp_path, progress=False)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert checkpoint.newest(tmp_path).name == "step_00000004"
+    fit(whole, Images(), recipe, progress=False)
+    assert fit(model, Images(), recipe, checkpoint_dir=tmp_path, progress=False).resumed_from == 4
+    assert equal(whole, model)
+
+
+def test_unwritable_folder_is_an_error_before_the_first_step(tmp_path, monkeypatch):
+    model, recipe = tiny(), Recipe(batch_size=12, lr=1e-3, steps=2)
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(CheckpointError, match=r"file.deeper cannot be written"):
+        fit(model, Images(), recipe, checkpoint_dir=tmp_path / "file" / "deeper", progress=False)
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(CheckpointError, match="0 MiB free"):
+        fit(model, Images(), recipe, checkpoint_dir=tmp_path / "full", progress=False)
+    assert equal(model, tiny())
+
+
+def test_disk_full_in_the_middle_keeps_the_weights_and_the_last_checkpoint(tmp_path):
+    resource = pytest.importorskip("resource")
+    model, calls, recipe = tiny(), [], Recipe(batch_size=12, lr=1e-3, steps=6)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def loss(m, images, labels):
+        calls.append(1)
+        if len(calls) == 4:  # no file may grow past this from here on, as on a full disk
+            resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
+        return soft_loss(m, images, labels)
+
+    try:
+        with pytest.raises(CheckpointError, match=r"step 4: the checkpoint in .* cannot be written.*step_00000003"):
+            fit(model, Images(), recipe, loss=loss, checkpoint_dir=tmp_path, checkpoint_every_s=0, progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000003"]
+    trained = sum(not torch.equal(p, q) for p, q in zip(model.parameters(), tiny().parameters(), strict=True))
+    assert trained > 20  # the weights of step 4 are still in the model
+    whole = tiny()
+    fit(model, Images(), recipe, checkpoint_dir=tmp_path, progress=False)
+    fit(whole, Images(), recipe, progress=False)
+    assert equal(model, whole)
+
+
+# ---- several processes, speed, bad input ---------------------------------------------------------------------------
+
+
+def test_two_processes_average_their_gradients(children):
+    folder, _ = children["0"]
+    for rank in "01":
+        _, errors = children[rank][1].communicate(timeout=100)
+        assert children[rank][1].returncode == 0, errors
+    (first, history), (second, other) = (torch.load(folder / f"rank{r}.pt", weights_only=False) for r in "01")
+    alone = tiny()
+    expected = fit(alone, Images(), SHARED, test_set=Images(30), progress=False)
+    assert first.keys() == second.keys() == alone.state_dict().keys()
+    for name, value in alone.state_dict().items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], value, rtol=1e-4, atol=1e-5, msg=name)
+    for ours, theirs in zip(history.epochs, expected.epochs, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    assert history.epochs == other.epochs and not (folder / "steps").exists()
+
+
+def test_batches_are_fetched_in_one_call():
+    data, calls = Batched(), []
+    data.__class__ = type("Counted", (Batched,), {"__getitem__": lambda s, i: calls.append(i)})
+    fit(tiny(), data, Recipe(batch_size=12, lr=1e-3, steps=3), progress=False)
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epochs": 1}, "exactly one of epochs and steps"),
+        ({"steps": None}, "exactly one of epochs and steps"),
+        ({"lr": 0}, "lr=0 must be > 0"),
+        ({"lr": float("nan")}, "lr=nan is not a finite number"),
+        ({"lr": "1e-3"}, "lr='1e-3' is not a finite number"),
+        ({"steps": 2.5}, "steps=2.5 is not a whole number"),
+        ({"weight_decay": -1.0}, "weight_decay=-1.0 must be >= 0"),
+        ({"precision": "fp8"}, "precision='fp8' is none of no, bf16, fp16"),
+        ({"mixup": 0.5, "batch_size": 3}, "batch_size=3 must be even"),
+        ({"label_smoothing": 1.0}, "label_smoothing=1.0 must be below 1"),
+    ],
+)
+def test_bad_recipes(change, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**({"batch_size": 4, "lr": 1e-3, "steps": 2} | change))
+
+
+def test_bad_input():
+    recipe = Recipe(batch_size=4, lr=1e-3, steps=2)
+    frozen = tiny()
+    surgery.freeze(frozen)
+    with pytest.raises(ValueError, match="nothing to train"):
+        fit(frozen, Images(), recipe)
+    with pytest.raises(ValueError, match="rule is empty"):
+        fit(tiny(), Images(0), recipe)
+    data = Images()
+    data.labels = data.labels + 1
+    with pytest.raises(ValueError, match=r"labels of rule lie in 1..3; the model's head has 3 classes"):
+        fit(tiny(), data, recipe)
+    with pytest.raises(ValueError, match="eval_every=0"):
+        fit(tiny(), Images(), recipe, eval_every=0)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="precision 'fp16' is not to be had on cpu"):
+            fit(tiny(), Images(), Recipe(batch_size=4, lr=1e-3, steps=2, precision="fp16"))
+
+
+def test_a_set_smaller_than_the_batch_is_one_batch():
+    history = fit(tiny(), Images(6), Recipe(batch_size=64, lr=1e-3, epochs=2), progress=False)
+    assert history.steps == 2 and [e["epoch"] for e in history.epochs] == [1, 2]
