@@ -1,7 +1,7 @@
-// Runs a CUDA kernel on the CPU, unchanged: every CUDA thread of a block is a fiber of its own, so a barrier suspends it
-// in the middle of the kernel. Blocks run one after another; within a block a thread runs until it meets a barrier or ends.
-// Threads go in rising order, or in falling order where the environment says SHIM_REV=1: a kernel that is right under both
-// orders only because of its barriers fails without them. A barrier that not every thread reaches aborts the process.
+// Runs a CUDA kernel on the CPU, unchanged: each CUDA thread of a block is a fiber of its own, so a barrier suspends it
+// in the middle of the kernel. Blocks run one after another; in a block a thread runs until it meets a barrier or ends.
+// Threads go in rising order, or in falling order where the environment says SHIM_REV=1: a kernel that needs a barrier
+// and lacks it gives wrong numbers. A barrier that some threads of the block do not reach aborts the process.
 // Not covered: PTX, warp intrinsics, dynamic shared memory, races inside a warp, timing.
 #pragma once
 #include "crt/host_defines.h"
@@ -56,10 +56,10 @@ inline void barrier(int line)
     swapcontext(&running->context, &scheduler);
 }
 
-inline void run_block(std::vector<Fiber>& fibers, bool reversed)
+inline void run_block(Fiber* fibers, size_t count, bool reversed)
 {
-    const size_t count = fibers.size();
-    for (Fiber& fiber : fibers) {
+    for (size_t i = 0; i < count; ++i) {
+        Fiber& fiber = fibers[i];
         fiber.done = false;
         if (!fiber.stack) fiber.stack.reset(new char[STACK]);
         getcontext(&fiber.context);
@@ -87,8 +87,8 @@ inline void run_block(std::vector<Fiber>& fibers, bool reversed)
             }
         }
         if (waiting && (waiting != count || !same)) {
-            std::fprintf(stderr, "shim: __syncthreads at line %d reached by %zu of %zu threads%s\n", line, waiting, count,
-                         same ? "" : ", the others wait at another one");
+            std::fprintf(stderr, "shim: __syncthreads at line %d reached by %zu of %zu threads%s\n", line, waiting,
+                         count, same ? "" : ", not all of them at this one");
             std::abort();
         }
     }
@@ -97,14 +97,16 @@ inline void run_block(std::vector<Fiber>& fibers, bool reversed)
 inline void launch(unsigned grid, unsigned block_x, unsigned block_y, const std::function<void()>& body)
 {
     const char* order = std::getenv("SHIM_REV");
-    std::vector<Fiber> fibers(block_x * block_y);
-    for (unsigned i = 0; i < fibers.size(); ++i) fibers[i].index = {i % block_x, i / block_x, 0};
+    const size_t count = block_x * block_y;
+    static std::vector<Fiber> fibers;                                // their stacks are kept from launch to launch
+    if (fibers.size() < count) fibers.resize(count);
+    for (unsigned i = 0; i < count; ++i) fibers[i].index = {i % block_x, i / block_x, 0};
     gridDim = {grid, 1, 1};
     blockDim = {block_x, block_y, 1};
     kernel = &body;
     for (unsigned block = 0; block < grid; ++block) {
         blockIdx = {block, 0, 0};
-        run_block(fibers, order && *order == '1');
+        run_block(fibers.data(), count, order && *order == '1');
     }
 }
 

@@ -8,12 +8,13 @@ namespace {
 typedef long long Arguments[11];                                     // two addresses, then batch_stride .. tiles
 
 template <typename Kernel>
-bool run_if(const char* wanted, const char* name, unsigned grid, unsigned bx, unsigned by, const long long* a, Kernel kernel)
+bool run_if(const char* wanted, const char* name, unsigned grid, unsigned bx, unsigned by, const long long* a,
+            Kernel kernel)
 {
     if (std::strcmp(wanted, name)) return false;
     shim::launch(grid, bx, by, [&] {
-        kernel(reinterpret_cast<const scalar*>(a[0]), reinterpret_cast<scalar*>(a[1]), a[2], a[3], a[4], a[5], a[6], a[7],
-               a[8], a[9], a[10]);
+        kernel(reinterpret_cast<const scalar*>(a[0]), reinterpret_cast<scalar*>(a[1]), a[2], a[3], a[4], a[5], a[6],
+               a[7], a[8], a[9], a[10]);
     });
     return true;
 }
@@ -26,7 +27,8 @@ bool run_with(const char* wanted, unsigned grid, unsigned bx, unsigned by, const
     std::snprintf(expand_name, sizeof expand_name, "expand<%d, %d>", V, G);
     std::snprintf(fold_name, sizeof fold_name, "fold<%d>", V);
     return run_if(wanted, project_name, grid, bx, by, a, project<V, G>) ||
-           run_if(wanted, expand_name, grid, bx, by, a, expand<V, G>) || run_if(wanted, fold_name, grid, bx, by, a, fold<V>);
+           run_if(wanted, expand_name, grid, bx, by, a, expand<V, G>) ||
+           run_if(wanted, fold_name, grid, bx, by, a, fold<V>);
 }
 
 }  // namespace
@@ -41,8 +43,9 @@ extern "C" int run(const char* name, unsigned grid, unsigned bx, unsigned by, co
     return 1;
 }
 
-// program NAME GRID BX BY INPUT OUTPUT OUTPUT_BYTES batch_stride .. tiles: heap buffers of the exact size, for AddressSanitizer.
-// Like memory that a GPU kernel is given, the output starts as garbage (NaN).
+// walsh NAME GRID BX BY INPUT OUTPUT OUTPUT_BYTES batch_stride .. tiles: heap buffers of the exact size, for
+// AddressSanitizer. The output starts as NaN, so that what a kernel leaves out is seen.
+#ifdef SHIM_PROGRAM
 int main(int count, char** argument)
 {
     if (count != 17) return 2;
@@ -62,3 +65,4 @@ int main(int count, char** argument)
     std::fclose(file);
     return 0;
 }
+#endif

@@ -7,6 +7,7 @@ torch's current stream. `plan` decides on the launches from shapes and strides a
 
 import functools
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +39,8 @@ def unavailable() -> str | None:
         cupy.cuda.nvrtc.getVersion()
         if not cupy.cuda.runtime.getDeviceCount():
             return "CuPy sees no CUDA device"
+        if not include_dirs() and cupy.cuda.get_cuda_path() is None:
+            return "no CUDA headers were found: pip install nvidia-cuda-runtime"
     except Exception as error:  # an import or a driver can fail in many ways, and none may stop the torch path
         return f"{type(error).__name__}: {error}"
     return None
@@ -48,20 +51,30 @@ def available() -> bool:
     return unavailable() is None
 
 
-def project(x: Tensor, h: int, w: int, prefix: int, bases: list[int], order: int, reflect: bool) -> Tensor:
+def project(x: Tensor, h: int, w: int, prefix: int, bases: Sequence[int], order: int, reflect: bool) -> Tensor:
     """`(B, prefix + h*w, C) -> (B, prefix + P*R, C)`: `walsh.project` on a float32, float16 or bfloat16 CUDA tensor."""
-    return _run("project", x, prefix + h * w, prefix + _pieces(h, w, order) * _rank(bases), h, w, prefix, bases, order,
-                reflect)  # fmt: skip
+    rows = prefix + _pieces(h, w, order) * _rank(bases)
+    return _run("project", x, prefix + h * w, rows, h, w, prefix, bases, order, reflect)
 
 
-def expand(z: Tensor, h: int, w: int, prefix: int, bases: list[int], order: int, reflect: bool) -> Tensor:
+def expand(z: Tensor, h: int, w: int, prefix: int, bases: Sequence[int], order: int, reflect: bool) -> Tensor:
     """`(B, prefix + P*R, C) -> (B, prefix + h*w, C)`: the adjoint of `project`, on the same tensors."""
-    return _run("fold" if reflect else "expand", z, prefix + _pieces(h, w, order) * _rank(bases), prefix + h * w, h, w,
-                prefix, bases, order, reflect)  # fmt: skip
+    rows = prefix + _pieces(h, w, order) * _rank(bases)
+    return _run("fold" if reflect else "expand", z, rows, prefix + h * w, h, w, prefix, bases, order, reflect)
 
 
-def plan(kind: str, x: Tensor, out: Tensor, h: int, w: int, prefix: int, bases: list[int], order: int, reflect: bool,
-         multiprocessors: int) -> list[Launch]:  # fmt: skip
+def plan(
+    kind: str,
+    x: Tensor,
+    out: Tensor,
+    h: int,
+    w: int,
+    prefix: int,
+    bases: Sequence[int],
+    order: int,
+    reflect: bool,
+    multiprocessors: int,
+) -> list[Launch]:
     """The launches of kernel `kind` (project, expand, fold) that fill the contiguous `out` from `x`.
 
     More than one launch is made only where one grid would exceed what CUDA allows. `multiprocessors=0` never splits the
@@ -92,7 +105,7 @@ def plan(kind: str, x: Tensor, out: Tensor, h: int, w: int, prefix: int, bases: 
     ]
 
 
-def options(dtype: torch.dtype, bases: list[int], order: int) -> tuple[str, ...]:
+def options(dtype: torch.dtype, bases: Sequence[int], order: int) -> tuple[str, ...]:
     """The compiler's options for one dtype, set of bases and order."""
     return (
         "-std=c++17",
@@ -113,7 +126,7 @@ def include_dirs() -> tuple[str, ...]:
     return tuple(str(header.parent) for root in roots for header in sorted(Path(root).glob("*/include/cuda_bf16.h")))
 
 
-def _rank(bases: list[int]) -> int:
+def _rank(bases: Sequence[int]) -> int:
     return len(bases) // 2
 
 

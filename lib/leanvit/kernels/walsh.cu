@@ -1,20 +1,20 @@
 // Block-wise 2-D Walsh-Hadamard projection of a token grid, and its adjoint.
 //
-//   project  (B, prefix + h*w, C) -> (B, prefix + P*R, C)     z[p*R + i] = sum_{u,v} W[r_i,u] W[c_i,v] x[p][u,v] / ORDER
-//   expand   (B, prefix + P*R, C) -> (B, prefix + h*w, C)     its adjoint for zero padding: inverse transform, then crop
+//   project  (B, prefix + h*w, C) -> (B, prefix + P*R, C)   z[p*R + i] = sum_{u,v} W[r_i,u] W[c_i,v] x[p][u,v] / ORDER
+//   expand   (B, prefix + P*R, C) -> (B, prefix + h*w, C)   its adjoint for zero padding: inverse transform, then crop
 //   fold     like expand, the adjoint for mirrored padding: a token gathers its mirror images too
 //
-// Compile with -DORDER=n -DBASIS_ROWS=r0,r1,.. -DBASIS_COLS=c0,c1,.. (sequencies), -DSCALAR=0|1|2 (fp32, fp16, bf16) and
-// -DMAX_HELD=36, the coefficients that the registers of one thread may hold (cuda.py does, and makes the launches).
+// Compile with -DORDER=n -DBASIS_ROWS=r0,r1,.. -DBASIS_COLS=c0,c1,.. (sequencies), -DSCALAR=0|1|2 (fp32, fp16, bf16)
+// and -DMAX_HELD=36, the coefficients that the registers of one thread may hold. cuda.py does, and plans the launches.
 //
-// The channels are the lanes: one thread owns one block of ORDER x ORDER tokens and VECTOR neighbouring channels. It streams
-// over the rows of the block two at a time, transforms them in registers and keeps only the wanted coefficients, so nothing
-// is staged and the padding is index arithmetic. GROUPS > 1 splits the rows over threadIdx.y, for launches that would leave
-// most of the machine idle. Sums are fp32 in a fixed order: the same input gives the same bits.
+// The channels are the lanes: one thread owns one block of ORDER x ORDER tokens and VECTOR neighbouring channels. It
+// streams over the rows of the block, two at a time, transforms them in registers and keeps only the coefficients that
+// are wanted, so nothing is staged and padding is index arithmetic. GROUPS > 1 splits the rows over threadIdx.y, for
+// launches that would leave most of the machine idle. Sums are fp32, in a fixed order: the same input, the same bits.
 //
 // The input has any strides (in elements), the output is contiguous. One thread block does one piece of work, with
 // blockIdx.x = ((image * pieces + piece) * chunks + chunk) * tiles + tile: neighbours read neighbouring channels.
-// Offsets inside one row of tokens, and inside the coefficients of one block, must fit 32 bits; all others are 64 bits.
+// Offsets inside one row of tokens, and inside the coefficients of one block, must fit 32 bits; others have 64.
 
 #if SCALAR == 1
 #include <cuda_fp16.h>
@@ -59,7 +59,7 @@ struct Walsh {
 __device__ constexpr Walsh WALSH;
 
 __device__ constexpr float walsh(int sequency, int t) { return ((WALSH.signs[sequency] >> t) & 1) ? -1.f : 1.f; }
-__device__ constexpr int odd(int sequency) { return WALSH.natural[sequency] & 1; }     // rows 2m and 2m + 1 differ in sign
+__device__ constexpr int odd(int sequency) { return WALSH.natural[sequency] & 1; }    // signs 2m and 2m + 1 differ
 
 __device__ constexpr unsigned columns(int parity)                    // the columns that such bases use, natural indices
 {
@@ -130,8 +130,8 @@ struct Place {
     }
 };
 
-// The token to read for padded position `at`: mirrored without repeating the border, or (for zero padding, where the value
-// read is dropped again) the nearest one, so that every address is valid and the loads need no branch.
+// The token to read for padded position `at`: mirrored without repeating the border, or the nearest for zero padding,
+// where the value is dropped again: so every address is valid, and no load hides behind a branch.
 __device__ inline int source(int at, int size, int reflect)
 {
     const int nearest = at < 0 ? 0 : at < size ? at : size - 1;
@@ -252,7 +252,7 @@ expand(const scalar* in, scalar* out, i64 batch_stride, i64 token_stride, i64 ch
        i64 prefix, i64 reflect, i64 tiles)
 {
     constexpr int ROWS = N / GROUPS, V = VECTOR;
-    constexpr bool HELD = R <= MAX_HELD;                             // else the coefficients are read again for every two rows
+    constexpr bool HELD = R <= MAX_HELD;                             // else every two rows read the coefficients again
     const int channels = size, stride = token_stride;
     const int channel = (blockIdx.x % int(tiles) * blockDim.x + threadIdx.x) * VECTOR;
     if (channel >= channels) return;
@@ -276,7 +276,7 @@ expand(const scalar* in, scalar* out, i64 batch_stride, i64 token_stride, i64 ch
 #pragma unroll
         for (int s = 0; s < 2 * N; ++s)
 #pragma unroll
-            for (int j = 0; j < V; ++j) a[s / N][s % N][j] = -0.f;   // -0 + z is z exactly, so the first addition is free
+            for (int j = 0; j < V; ++j) a[s / N][s % N][j] = -0.f;   // -0 + z is z: the first addition costs nothing
 #pragma unroll
         for (int i = 0; i < R; ++i) {
             float z[V];
@@ -305,17 +305,17 @@ expand(const scalar* in, scalar* out, i64 batch_stride, i64 token_stride, i64 ch
     }
 }
 
-// The padded positions that show token t: itself, its mirror image before the first and behind the last token; -1 where none.
+// The padded positions that show token t: its own, its image before the first and behind the last one; < 0 where none.
 __device__ inline int image_of(int t, int which, int size, int before, int padded)
 {
     if (which == 0) return before + t;
-    if (which == 1) return t > 0 ? before - t : -1;                  // negative where the padding is too short to show it
+    if (which == 1) return t > 0 ? before - t : -1;
     const int at = before + 2 * (size - 1) - t;
     return t < size - 1 && at < padded ? at : -1;
 }
 
-// One thread is one token (the prefix tokens first) and VECTOR channels: the adjoint of mirrored padding is needed for the
-// gradient of the op alone, never in a training step, so it is kept simple.
+// One thread is one token (the prefix tokens first) and VECTOR channels. The adjoint of mirrored padding serves for the
+// gradient of the op alone, never in a training step, so it is kept simple. Its sums are long, so compensated (Kahan).
 template <int VECTOR>
 __global__ void __launch_bounds__(128)
 fold(const scalar* in, scalar* out, i64 batch_stride, i64 token_stride, i64 channel_stride, i64 size, i64 h, i64 w,
@@ -331,7 +331,7 @@ fold(const scalar* in, scalar* out, i64 batch_stride, i64 token_stride, i64 chan
         copy_prefix<VECTOR>(in + at.piece * token_stride, out, 0, channels, 1);
         return;
     }
-    float sum[VECTOR] = {};
+    float sum[VECTOR] = {}, lost[VECTOR] = {};
 #pragma unroll 1
     for (int k = 0; k < 9; ++k) {
         const int yy = image_of(y, k / 3, h, at.top, at.down * N), xx = image_of(x, k % 3, w, at.left, at.across * N);
@@ -342,7 +342,11 @@ fold(const scalar* in, scalar* out, i64 batch_stride, i64 token_stride, i64 chan
             float z[VECTOR];
             load(block + i * token_stride, z);
 #pragma unroll
-            for (int j = 0; j < VECTOR; ++j) sum[j] += walsh(ROW[i], yy % N) * walsh(COL[i], xx % N) * z[j];
+            for (int j = 0; j < VECTOR; ++j) {
+                const float term = walsh(ROW[i], yy % N) * walsh(COL[i], xx % N) * z[j] - lost[j], next = sum[j] + term;
+                lost[j] = (next - sum[j]) - term;
+                sum[j] = next;
+            }
         }
     }
     store(out, sum, 1.f / N);

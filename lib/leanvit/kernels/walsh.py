@@ -61,7 +61,8 @@ def rows(h: int, w: int, prefix: int, rank: int, order: int) -> int:
     return prefix + blocks(h, w, order) * rank
 
 
-def _sources(size: int, order: int, reflect: bool) -> list[int | None]:
+@functools.cache
+def _sources(size: int, order: int, reflect: bool) -> tuple[int | None, ...]:
     """For every position of the padded axis, the token it shows (`None`: a zero)."""
     count, before = padding(size, order)
     sources: list[int | None] = []
@@ -76,10 +77,10 @@ def _sources(size: int, order: int, reflect: bool) -> list[int | None]:
                 )
             inside = True
         sources.append(position if inside else None)
-    return sources
+    return tuple(sources)
 
 
-def _check(x: Tensor, tokens: int, h: int, w: int, prefix: int, bases: list[int], order: int) -> None:
+def _check(x: Tensor, tokens: int, h: int, w: int, prefix: int, bases: list[int], order: int, reflect: bool) -> None:
     if not x.is_floating_point():
         raise TypeError(f"a floating-point tensor is needed, got {x.dtype}")
     if x.dim() != 3 or x.shape[1] != tokens:
@@ -89,6 +90,8 @@ def _check(x: Tensor, tokens: int, h: int, w: int, prefix: int, bases: list[int]
         )
     if not bases or len(bases) % 2 or not all(0 <= b < order for b in bases):
         raise ValueError(f"bases must be pairs of sequencies in 0..{order - 1}, got {bases}")
+    for size in (h, w):
+        _sources(size, order, reflect)  # raises where an axis is too short to be mirrored
 
 
 @functools.lru_cache(maxsize=256)
@@ -200,8 +203,8 @@ def _cuda_kernels():
     if cuda.available():
         return cuda
     warnings.warn(
-        "CuPy is not usable here, so the Walsh kernels run as torch products on the GPU (slower, same results); "
-        "install it with: pip install 'leanvit[cuda]'",
+        f"{cuda.unavailable()}: the Walsh kernels run as torch products on the GPU (slower, same results); "
+        "pip install 'leanvit[cuda]' brings CuPy",
         stacklevel=2,
     )
     return None
@@ -214,14 +217,14 @@ def _launcher(x: Tensor):
 
 @torch.library.impl("leanvit::walsh_project", ("CPU", "CUDA"))
 def _project(x: Tensor, h: int, w: int, prefix: int, bases: list[int], order: int, reflect: bool) -> Tensor:
-    _check(x, prefix + h * w, h, w, prefix, bases, order)
+    _check(x, prefix + h * w, h, w, prefix, bases, order, reflect)
     launcher = _launcher(x)
     return (launcher.project if launcher else _project_torch)(x, h, w, prefix, bases, order, reflect)
 
 
 @torch.library.impl("leanvit::walsh_expand", ("CPU", "CUDA"))
 def _expand(z: Tensor, h: int, w: int, prefix: int, bases: list[int], order: int, reflect: bool) -> Tensor:
-    _check(z, rows(h, w, prefix, len(bases) // 2, order), h, w, prefix, bases, order)
+    _check(z, rows(h, w, prefix, len(bases) // 2, order), h, w, prefix, bases, order, reflect)
     launcher = _launcher(z)
     return (launcher.expand if launcher else _expand_torch)(z, h, w, prefix, bases, order, reflect)
 
