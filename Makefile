@@ -67,7 +67,7 @@ nbval:
 	  --nbval-lax --nbval-current-env --nbval-cell-timeout 300 outputs/smoke/$(or $(NOTEBOOK),[0-9]*).ipynb
 
 lab: setup
-	@$(BIN)/jupyter lab notebooks
+	@$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/notebooks
 
 report: setup
 	@$(BIN)/leanvit report

@@ -293,6 +293,8 @@ def test_huge_and_tiny_images(tmp_path, monkeypatch):
     for name in ("a.jpg", "a.png"):
         small = data.open_image(picture(tmp_path / name, size=(1000, 300), colour="teal"))
         assert 64 <= small.height < 150 and abs(small.width / small.height - 10 / 3) < 0.1
+    for mode in ("1", "P", "RGBA", "CMYK"):
+        assert data.open_image(picture(tmp_path / f"{mode}.tif", (200, 300), mode)).size == (67, 100)
     with monkeypatch.context() as limits:
         limits.setattr(Image, "MAX_IMAGE_PIXELS", 200_000)
         assert data.open_image(tmp_path / "a.png").mode == "RGB"  # above Pillow's warning, below its error

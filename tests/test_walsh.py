@@ -164,3 +164,15 @@ def test_wrong_input_is_named():
         walsh.project(good.to(torch.complex64), 7, 7, 0, [0, 0])
     with pytest.raises(ValueError, match="reflect padding of a 3-token axis to 8.*zero"):
         walsh.project(torch.randn(1, 9, 2), 3, 3, 0, [0, 0], 8, True)
+
+
+def test_without_cupy_the_torch_path_runs_and_says_so_once(monkeypatch, recwarn):
+    from leanvit.kernels import cuda
+
+    monkeypatch.setattr(cuda, "available", lambda: False)
+    monkeypatch.setattr(cuda, "unavailable", lambda: "ModuleNotFoundError: No module named 'cupy'")
+    walsh._cuda_kernels.cache_clear()
+    with pytest.warns(UserWarning, match="No module named 'cupy': the Walsh kernels run as torch products"):
+        assert walsh._cuda_kernels() is None
+    assert walsh._cuda_kernels() is None and not recwarn
+    walsh._cuda_kernels.cache_clear()

@@ -1,5 +1,12 @@
 """leanvit: vision transformers, cheap to adapt and cheap to run."""
 
-from leanvit.state import load, save
-
 __all__ = ["load", "save"]
+
+
+def __getattr__(name: str):
+    # on demand, so that the command line starts without importing torch
+    if name in __all__:
+        from leanvit import state
+
+        return getattr(state, name)
+    raise AttributeError(f"module 'leanvit' has no attribute {name!r}")

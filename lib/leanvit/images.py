@@ -139,7 +139,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
             scale = 1 / 257 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else 1
         image = Image.fromarray(np.clip(np.rint(values * scale), 0, 255).astype(np.uint8))
     if (factor := min(image.size) // SHORT_SIDE_KEPT) > 1:
-        image = (image.convert("RGBA") if image.mode in ("P", "PA", "LA") else image).reduce(factor)
+        image = (image.convert("RGBA") if image.mode in ("1", "P", "PA", "LA") else image).reduce(factor)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

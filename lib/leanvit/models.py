@@ -197,7 +197,7 @@ def _load_npz(model: nn.Module, path: Path) -> dict:
         raise CheckpointError(f"{path}: timm does not read .npz files for {type(model).__name__}; convert it first")
     before = {key: value.clone() for key, value in model.state_dict().items()}
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             blocks = {int(m[1]) for key in archive.files if (m := re.search(r"encoderblock_(\d+)/", key))}
         if hasattr(model, "blocks") and blocks and len(blocks) != len(model.blocks):
             raise ValueError(f"it has {len(blocks)} blocks, the model {len(model.blocks)}")
@@ -271,7 +271,7 @@ def transforms(model: nn.Module, train: bool, **augment) -> "Transform":
 
 
 class Transform:
-    """See `transforms`. `batched` says that it takes uint8 tensors, too: a whole batch at once when nothing is resized."""
+    """See `transforms`. `batched` says that it takes uint8 tensors, too, a whole batch at once."""
 
     batched = True
 

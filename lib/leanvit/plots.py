@@ -7,13 +7,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 # Okabe and Ito's palette: told apart with every common colour blindness, and in print
-BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
-    "#000000 #E69F00 #56B4E9 #009E73 #F0E442 #0072B2 #D55E00 #CC79A7".split()
-)
+BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = "#000000 #E69F00 #56B4E9 #009E73 #0072B2 #D55E00 #CC79A7".split()
 GREY = "#7F7F7F"
-COLORS = [BLUE, VERMILION, GREEN, ORANGE, SKY, PURPLE, BLACK, YELLOW]
+COLORS = [BLUE, VERMILION, GREEN, ORANGE, SKY, PURPLE, BLACK, "#7A6A00"]  # yellow would vanish on white
 MARKERS = "oDs^vP*X<>hd"
 VERDICT_COLORS = {"matches": "#D9EFE6", "differs": "#FBE3D4", "not run": "#EEEEEE"}
 
@@ -119,6 +118,14 @@ def trade_off(
         ax.errorbar(x, y["mean"], yerr=y["std"] or None, **style)
 
 
+def log_axis(ax: Axes) -> None:
+    """A logarithmic x axis with plain numbers at 1, 2, 5, 10, ..."""
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter(NullFormatter())
+
+
 def legend_beside(fig: Figure, axes: Iterable[Axes], **keywords) -> None:
     """One legend for all panels, to the right of the figure, each name once."""
     entries: dict[str, object] = {}
@@ -128,8 +135,21 @@ def legend_beside(fig: Figure, axes: Iterable[Axes], **keywords) -> None:
     fig.legend(entries.values(), entries.keys(), loc="outside right upper", **keywords)
 
 
+def dots(ax: Axes, results: Mapping[str, Mapping], colors: Sequence[str]) -> None:
+    """One line for each name: mean and standard deviation of `{"mean", "std", "values"}`, a tick for each value."""
+    for i, ((_, result), color) in enumerate(zip(results.items(), colors, strict=True)):
+        ax.errorbar(result["mean"], i, xerr=result["std"] or None, color=color, marker="o", capsize=3, ls="none")
+        ax.plot(result["values"], [i + 0.2] * len(result["values"]), "|", color=color, alpha=0.7)
+    ax.set(yticks=range(len(results)), ylim=(len(results) - 0.5, -0.5))
+    ax.set_yticklabels(results)
+
+
+def paint(verdict: str) -> str:
+    """The CSS of a table cell with a verdict."""
+    return f"background-color: {VERDICT_COLORS[verdict]}; color: black"
+
+
 def ledger(frame: pd.DataFrame):
     """The table of `claims.table` with a colour for each verdict, for display."""
-    paint = lambda verdict: f"background-color: {VERDICT_COLORS[verdict]}; color: black"  # noqa: E731
     left = [{"selector": "th, td", "props": "text-align: left; vertical-align: top"}]
     return frame.style.map(paint, subset=["verdict"]).hide(axis="index").set_table_styles(left)

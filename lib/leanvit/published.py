@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from leanvit import lbp_wht, surgery
+from leanvit import lbp_wht, sites, surgery
 from leanvit.kernels import walsh
 from leanvit.lbp_wht import Basis
 from leanvit.surgery import Match, Report
@@ -107,14 +107,14 @@ def attach(
         ValueError: no `nn.Linear` sees `(B, N, C)` tokens, or unknown bases.
     """
     mask = masks(lbp_wht.parse_bases(bases))
-    sites, skipped = lbp_wht.find_sites(model, match, example, grid, prefix_tokens)
-    sites = [s for s in sites if s.layout == "tokens"]
-    if not sites:
+    found, skipped = sites.find_sites(model, match, example, grid, prefix_tokens)
+    found = [s for s in found if s.layout == "tokens"]
+    if not found:
         raise ValueError(f"published: no linear layer of {type(model).__name__} sees tokens (B, N, C)")
-    for site in sites:
+    for site in found:
         stock = model.get_submodule(site.name)
         layer = PublishedLinear.__new__(PublishedLinear)
         layer.__dict__ = dict(stock.__dict__)  # the same parameters and hooks
         layer.grid, layer.prefix, layer.mask = site.grid, site.prefix, mask
         surgery.replace(model, site.name, layer)
-    return Report("LBP-WHT, published form", [s.name for s in sites], skipped, *surgery.count(model))
+    return Report("LBP-WHT, published form", [s.name for s in found], skipped, *surgery.count(model))

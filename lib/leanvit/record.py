@@ -33,7 +33,7 @@ FIELDS = (
 ).split()
 PACKAGES = "leanvit torch torchvision timm accelerate peft numpy safetensors papermill ipykernel cupy-cuda13x".split()
 # the command line and the site are no part of what a notebook computes
-NOT_HASHED = {"run.py", "worker.py", "report.py"}
+NOT_HASHED = {"run.py", "pool.py", "worker.py", "report.py"}
 
 
 def find_root(start: Path | None = None) -> Path:

@@ -65,8 +65,9 @@ class Page:
 
     @property
     def figure(self) -> tuple[str, str] | None:
-        """Data URI and alternative text of the first figure, if there is one."""
-        image = bs4.BeautifulSoup(body(self.notebook), "html.parser").find("img")
+        """Data URI and alternative text of the figure whose cell has the tag `card`, or of the first; None without."""
+        soup = bs4.BeautifulSoup(body(self.notebook), "html.parser")
+        image = soup.select_one(".celltag_card img") or soup.find("img")
         return (image["src"], image["alt"]) if image else None
 
 
@@ -145,7 +146,12 @@ def body(notebook: nbformat.NotebookNode) -> str:
         tag.decompose()
     for prompt in soup.select(".prompt"):
         prompt.decompose()
+    for style in soup.find_all("style", string=re.compile(r"@import|url\(")):
+        style.decompose()
     for image in soup.find_all("img"):
+        if not image["src"].startswith("data:"):
+            image.replace_with(f"[image: {image['alt']}]")  # a page loads nothing from elsewhere
+            continue
         image["loading"] = "lazy"
         image.attrs.pop("width", None), image.attrs.pop("height", None)
     for wide in soup.find_all("table"):
@@ -223,7 +229,7 @@ def _verdicts(result: dict[str, Any]) -> str:
         return ""
     number = claims.counts(result["verdicts"])
     pills = "".join(
-        f"<li class='{verdict.replace(' ', '-')}'><b>{number[verdict]}</b> {word}</li>"
+        f"<li class='{verdict.replace(' ', '-') if number[verdict] else 'none'}'><b>{number[verdict]}</b> {word}</li>"
         for verdict, word in MARKS.items()
     )
     return f"<ul class='verdicts' aria-label='published claims against ours'>{pills}</ul>"
@@ -276,6 +282,7 @@ code { background: var(--code); padding: .1em .3em; border-radius: 4px; overflow
 .verdicts { display: flex; flex-wrap: wrap; gap: .5rem; list-style: none; margin: 0 0 .8rem; padding: 0; }
 .verdicts li { border: 1px solid var(--none); color: var(--none); border-radius: 999px; padding: 0 .7rem;
   font-size: .85rem; }
+.verdicts .none { opacity: .6; }
 .verdicts .matches { border-color: var(--match); color: var(--match); }
 .verdicts .differs { border-color: var(--differ); color: var(--differ); }
 .also { color: var(--soft); font-size: .88rem; margin: .3em 0; }

@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import sys
 import threading
 import time
@@ -18,6 +19,7 @@ from pathlib import Path
 from leanvit import record
 
 TRANSIENT = ("papermill", "execution")  # timing and the like: it would make every run a difference in git
+CELL_FILE = re.compile(r"\S*[/\\]ipykernel_\d+[/\\]\d+\.py")  # where warnings say they come from; holds a process id
 START_TIMEOUT_S = 120
 
 
@@ -105,7 +107,8 @@ def _scrub_output(output: dict) -> None:
     texts = [(output, "text")] if "text" in output else []
     texts += [(output["data"], kind) for kind in output.get("data", {}) if kind.startswith("text/")]
     for holder, name in texts:
-        holder[name] = record.scrub("".join(holder[name]), root).splitlines(keepends=True)
+        text = CELL_FILE.sub("<cell>", "".join(holder[name]))
+        holder[name] = record.scrub(text, root).splitlines(keepends=True)
 
 
 def _log_error(error: BaseException) -> None:

@@ -1,0 +1,131 @@
+"""Write the README's figure and tables of results from the committed result files of the embedded tier.
+
+python tools/update_readme.py            writes docs/accuracy_over_flops.png and the README between its two markers
+python tools/update_readme.py --check    exit code 1 when the README's tables are not those of the result files
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from leanvit import claims, plots
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN = "<!-- results: written by tools/update_readme.py, do not edit -->"
+END = "<!-- end of results -->"
+
+
+def result(name: str) -> dict:
+    return json.loads((ROOT / "outputs" / "embedded" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def rows(table: list[list[str]]) -> list[str]:
+    head, *body = table
+    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body)]
+
+
+def comparison(lbp: dict) -> list[str]:
+    """Accuracy, backward FLOPs, step time and saved bytes of each method, both scopes side by side."""
+    found = {(row["scope"], row["method"]): row for row in lbp["metrics"]["comparison"]}
+    scopes = [s for s in ("last", "full") if any(s == scope for scope, _ in found)]
+    titles = {"last": "last third", "full": "all"}
+    head = ["method"] + [f"{titles[s]}: {what}" for s in scopes for what in ("accuracy %", "MFLOPs", "step ×", "saved")]
+    body = []
+    for method in dict.fromkeys(method for _, method in found):
+        line = [method]
+        for scope in scopes:
+            row = found.get((scope, method))
+            if row is None:
+                line += [""] * 4
+                continue
+            saved = row["saved_mib_per_image"] / found[scope, "exact"]["saved_mib_per_image"]
+            line += [f"{row['accuracy']['mean']:.1f} ± {row['accuracy']['std']:.1f}", f"{row['backward_mflops']:.1f}"]
+            line += [f"{row['step_ms']['ratio_to_first']:.2f}", f"{saved:.2f}"]
+        body.append(line)
+    return rows([head, *body])
+
+
+def speed(result_: dict) -> list[str]:
+    """Goal and measurement of every speed and memory claim that was measured."""
+    signs = {"at_least": "≥", "at_most": "≤"}
+    goals = {c.id: c for c in claims.load(ROOT / "params" / "7_speed" / "claims.yaml")}
+    body = [
+        [v["claim"], f"{signs.get(goals[v['id']].compare, '')} {v['value']:g}", f"{v['ours']:.2f}", v["verdict"]]
+        for v in result_["verdicts"]
+        if v["ours"] is not None and v["id"] in goals
+    ]
+    return rows([["what (ratios, two CPU cores, fp32)", "goal", "measured", "verdict"], *body])
+
+
+def text() -> str:
+    """The README's section of results."""
+    backbone, lbp, clock = (result(name) for name in ("0_backbone", "1_lbp_wht", "7_speed"))
+    counts, goals = claims.counts(lbp["verdicts"]), claims.counts(clock["verdicts"])
+    seeds, images = len(lbp["seeds"]), lbp["parameters"]["train_images"]
+    differ = [v for v in lbp["verdicts"] if v["verdict"] == "differs"]
+    lines = [
+        "**LBP-WHT against its rivals** ([notebook](outputs/embedded/1_lbp_wht.ipynb)): the embedded backbone learns "
+        f"handwritten digits from {images} small grey images; mean and standard deviation over {seeds} seeds. MFLOPs "
+        "are those of the backward pass through the linear layers, by the paper's rule; *step ×* is the measured "
+        "speed-up of a training step over exact back-propagation, *saved* the bytes kept for the backward pass, "
+        "exact = 1. On a model this narrow the transforms cost about what they save: the second table has real widths.",
+        "",
+        *comparison(lbp),
+        "",
+        "**Speed and memory** ([notebook](outputs/embedded/7_speed.ipynb)): ratios, measured interleaved in one "
+        f"process on {clock['hardware']['cpu']}, {clock['hardware']['cores']} cores.",
+        "",
+        *speed(clock),
+        "",
+        f"**The ledger**: of {sum(counts.values())} published numbers and trends of LBP-WHT, {counts['matches']} "
+        f"match, {counts['differs']} differ, {counts['not run']} are not run (they need weights and data sets that "
+        f"are not here). Of {sum(goals.values())} speed goals of our own, {goals['matches']} are reached, "
+        f"{goals['differs']} missed, {goals['not run']} not run (they need a GPU).",
+        *(["", "What differs:", ""] if differ else []),
+        *(f"* {v['claim']}: published {v['value']}, ours {shown(v['ours'])}" for v in differ),
+        "",
+        f"**The backbone** ([notebook](outputs/embedded/0_backbone.ipynb)): {backbone['headline']}.",
+    ]
+    return "\n".join(lines)
+
+
+def shown(value) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def draw() -> None:
+    """Accuracy over backward FLOPs, one panel a scope, the spread over seeds as bars."""
+    plots.house()
+    table = result("1_lbp_wht")["metrics"]["comparison"]
+    scopes = {"last": "the last third of the blocks learns", "full": "all blocks learn"}
+    fig, axes = plots.figure(2, width=4.6, height=3.5, sharey=True)
+    look = plots.looks(dict.fromkeys(row["method"] for row in table))
+    for ax, (scope, title) in zip(axes, scopes.items(), strict=True):
+        for row in (row for row in table if row["scope"] == scope):
+            accuracy, style = row["accuracy"], look[row["method"]]
+            ax.errorbar(
+                row["backward_mflops"], accuracy["mean"], accuracy["std"], ls="none", label=row["method"], ms=8, **style
+            )
+        ax.set(title=title, xlabel="backward pass, MFLOPs an image")
+    axes[0].set_ylabel("digits right, % (mean ± std over seeds)")
+    plots.legend_beside(fig, axes)
+    fig.suptitle("Fewer FLOPs at the same accuracy: up and left is better", fontsize=11)
+    (ROOT / "docs").mkdir(exist_ok=True)
+    fig.savefig(ROOT / "docs" / "accuracy_over_flops.png", dpi=110)
+
+
+def main() -> int:
+    readme = ROOT / "README.md"
+    whole = readme.read_text(encoding="utf-8")
+    before, rest = whole.split(BEGIN)
+    after = rest.split(END)[1]
+    new = f"{before}{BEGIN}\n\n{text()}\n\n{END}{after}"
+    if "--check" in sys.argv[1:]:
+        return int(new != whole)
+    draw()
+    readme.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
