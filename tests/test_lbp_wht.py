@@ -651,6 +651,14 @@ def test_lhe_keeps_the_bases_with_most_energy():
     assert len({s.bases for s in lbp_wht.setting_of(model).values()}) == 1
 
 
+def test_lhe_on_swinv2_sees_its_qkv():
+    model = timm.create_model("swinv2_tiny_window8_256", img_size=64, depths=(1, 1, 1, 1), num_classes=3)
+    energy = lbp_wht.gradient_energy(model, lambda: model(torch.randn(2, 3, 64, 64)).square().sum())
+    assert not any(getattr(m, "qkv_bias_separate", False) for m in model.modules())
+    report = lbp_wht.attach(model, "LHE-3", energy=energy, exact_when="never")
+    assert set(report.matched) == set(energy) and any(n.endswith("qkv") for n in energy)
+
+
 def grads_of(model, x):
     model.zero_grad()
     model(x).square().sum().backward()

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from leanvit.sites import join_qkv_bias, separate_qkv_bias
 from leanvit.surgery import Match, Report, count, freeze, head_modules, head_parameters, linears, replace
 
 # whole components of a module's name; timm's ViT, DeiT, Swin, EfficientFormer (V2), EVA, BEiT, LeViT
@@ -144,17 +145,13 @@ def lora(
         raise ValueError(f"lora: no layer matches in {type(model).__name__}; its linear layers are {some or 'none'}, …")
     head, weights = head_parameters(model), {f"{n}.weight" for n, _ in found}
     freeze(model, keep=lambda n: n in head or (keep is not None and n not in weights and keep(n)))
-    notes = []
+    separated = separate_qkv_bias(model, lambda n, m: n in dict(found))  # timm would read qkv.weight past the adapter
+    note = "qkv biases are added apart from the layer (qkv_bias_separate), so that qkv is called"
     for name, module in found:
         is_qkv = qkv_rank is not None and "qkv" in name.split(".")
         replace(model, name, LoRA(module, qkv_rank if is_qkv else rank, alpha))
-        parent = model.get_submodule(name.rpartition(".")[0])
-        if name.endswith(".qkv") and getattr(parent, "q_bias", None) is not None:
-            if getattr(parent, "qkv_bias_separate", True) is False:  # timm would read qkv.weight past the adapter
-                parent.qkv_bias_separate = parent._lora_separated = True
-                notes = ["qkv biases are added apart from the layer (qkv_bias_separate), so that qkv is called"]
     skipped = {n: "not matched" for n, _ in candidates if n not in dict(found)}
-    return Report("lora", [n for n, _ in found], skipped, *count(model), notes)
+    return Report("lora", [n for n, _ in found], skipped, *count(model), [note] if separated else [])
 
 
 def _restore(model: nn.Module, stock: Callable[[LoRA], nn.Module], method: str) -> None:
@@ -163,9 +160,7 @@ def _restore(model: nn.Module, stock: Callable[[LoRA], nn.Module], method: str) 
         raise ValueError(f"{method}: LoRA is not attached to this {type(model).__name__}")
     for name, module in wrapped:
         replace(model, name, stock(module))
-        parent = model.get_submodule(name.rpartition(".")[0])
-        if parent.__dict__.pop("_lora_separated", False) and type(module.base) is nn.Linear:
-            parent.qkv_bias_separate = False
+    join_qkv_bias(model)
 
 
 def merge(model: nn.Module) -> None:

@@ -313,6 +313,7 @@ def gradient_energy(
     channels; by Parseval the energy of the dropped bases is the squared error of the projected gradient
     (specification 2.3).
     """
+    separate_qkv_bias(model, match)
     sites, _ = find_sites(model, match, example)
     everything = _flat(tuple(low_pass_linf(order, order)))
     energy = {site.name: torch.zeros(order, order, dtype=torch.float64) for site in sites}
@@ -347,6 +348,7 @@ def gradient_energy(
             module.training = training
         for parameter, grad in grads:
             parameter.grad = grad
+        join_qkv_bias(model)
     return energy
 
 
@@ -450,7 +452,7 @@ def attach(
     weight_spec = list(weight_spec) if not isinstance(weight_spec, str) else weight_spec
     for spec in (input_spec, weight_spec):
         parsed(spec, None)  # malformed bases raise before anything is touched
-    separated = separate_qkv_bias(model, chosen)
+    separate_qkv_bias(model, chosen)
     try:
         sites, skipped = find_sites(model, chosen, example, grid, prefix_tokens)
         settings: list[tuple[Site, Setting]] = []
@@ -472,14 +474,12 @@ def attach(
             raise ValueError(f"LBP-WHT found nothing to treat in {type(model).__name__}: {why}")
         _train_scope(model, scope)
     except Exception:
-        join_qkv_bias(separated)
+        join_qkv_bias(model)
         raise
     for site, setting in settings:
         surgery.replace(model, site.name, _wrap(model.get_submodule(site.name), setting))
     names = [site.name for site, _ in settings]
-    for module in separated:
-        if not isinstance(module.qkv, LBPLinear):
-            join_qkv_bias([module])
+    join_qkv_bias(model)  # where qkv stays exact
     notes = []
     if gelu_input is not None:
         parents = {name.rpartition(".")[0] for name in names}
@@ -495,9 +495,9 @@ def detach(model: nn.Module) -> None:
     wrapped = [(n, m) for n, m in model.named_modules() if isinstance(m, (LBPLinear, LBPConv2d, LowPrecisionGELU))]
     if not wrapped:
         raise ValueError(f"LBP-WHT is not attached to this {type(model).__name__}")
-    join_qkv_bias([m for m in model.modules() if m.__dict__.pop("separated_by_leanvit", False)])
     for name, module in wrapped:
         surgery.replace(model, name, _recast(module, module.stock))
+    join_qkv_bias(model)
 
 
 def setting_of(model: nn.Module) -> dict[str, Setting]:

@@ -272,16 +272,13 @@ def peak_memory() -> dict[str, float | None]:
     """
     import torch
 
-    cuda = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
-    try:
-        import resource
-    except ImportError:  # Windows
-        return {"process_mib": None, "cuda_mib": cuda}
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
-    return {
-        "process_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1),
-        "cuda_mib": cuda,
-    }
+    from leanvit import cost
+
+    def mib(peak: int | None) -> float | None:
+        return None if peak is None else round(peak / 2**20, 1)
+
+    cuda = cost.peak_memory_bytes("cuda") if torch.cuda.is_available() else None
+    return {"process_mib": mib(cost.peak_memory_bytes()), "cuda_mib": mib(cuda)}
 
 
 def commit(root: Path) -> dict[str, Any]:

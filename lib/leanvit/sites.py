@@ -210,20 +210,23 @@ def last_stage(model: nn.Module) -> tuple[str, ...]:
     )
 
 
-def separate_qkv_bias(model: nn.Module, match: Match | None = None) -> list[nn.Module]:
-    """SwinV2, BEiT and EVA read `qkv.weight` themselves unless told to add their biases apart: tell them."""
-    changed = []
+def separate_qkv_bias(model: nn.Module, match: Match | None = None) -> int:
+    """Let attention blocks call their `qkv` layer: SwinV2, BEiT and EVA read its weight themselves unless told to add
+    their biases apart (timm's `qkv_bias_separate`). Returns how many blocks were told so.
+    """
+    changed = 0
     for name, module in model.named_modules():
         fused = getattr(module, "qkv_bias_separate", True) is False and getattr(module, "q_bias", None) is not None
         qkv = getattr(module, "qkv", None)
         if fused and qkv is not None and (match is None or match(f"{name}.qkv", qkv)):
             module.qkv_bias_separate = module.separated_by_leanvit = True
-            changed.append(module)
+            changed += 1
     return changed
 
 
-def join_qkv_bias(modules: list[nn.Module]) -> None:
-    """Undo `separate_qkv_bias` for the attention modules it returned."""
-    for module in modules:
-        module.qkv_bias_separate = False
-        module.__dict__.pop("separated_by_leanvit", None)
+def join_qkv_bias(model: nn.Module) -> None:
+    """Undo `separate_qkv_bias` where `qkv` is the stock layer again, or still."""
+    for module in model.modules():
+        if getattr(module, "separated_by_leanvit", False) and type(module.qkv) is nn.Linear:
+            module.qkv_bias_separate = False
+            del module.separated_by_leanvit
