@@ -63,6 +63,7 @@ def save(model: nn.Module, path: str | Path, *, names: Iterable[str] | None = No
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(stored, temporary, metadata=metadata)
+        temporary.chmod(0o644)  # safetensors leaves it to its owner alone
         with open(temporary, "r+b") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
