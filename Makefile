@@ -17,8 +17,8 @@ help:
 	@echo "make test        set up, lint, unit tests, smoke tier of every notebook, nbval on outputs/smoke"
 	@echo "make lab         set up, open JupyterLab with the project's kernel"
 	@echo "make report      render outputs/ as outputs/site/index.html"
-	@echo "make gpu         set up, run the gpu tier on one CUDA device"
-	@echo "NOTEBOOK=1_lbp_wht restricts reproduce, gpu and test to one notebook; PYTHON=python3.12 chooses the Python"
+	@echo "make gpu         set up, measure what needs a CUDA device (7_speed)"
+	@echo "NOTEBOOK=1_lbp_wht restricts reproduce and test to one notebook, and chooses that of gpu; PYTHON=python3.12 chooses the Python"
 
 # Versions are those of requirements.lock, no others. PyTorch's small CPU wheels, when they are there already, stay: then the CUDA part
 # of the lock is left out. The stamp makes a second call do nothing.
@@ -72,5 +72,6 @@ lab: setup
 report: setup
 	@$(BIN)/leanvit report
 
+# every claim that needs a GPU is in 7_speed; NOTEBOOK=1_lbp_wht trains on one, too, and needs data and weights
 gpu: setup
-	@$(BIN)/leanvit run --tier gpu $(ONE) --report
+	@$(BIN)/leanvit run --tier gpu --notebook $(or $(NOTEBOOK),7_speed) --report

@@ -323,3 +323,14 @@ def test_broken_images_are_named(tmp_path):
     found = data.load("imagefolder", "train", root=tmp_path, transform=transform)
     with pytest.raises(DataError, match="cannot be read as an image"):
         next(iter(DataLoader(found, len(found), collate_fn=data.collate)))
+
+
+def test_a_folder_that_leaves_nothing_to_learn_from_is_refused(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "flat" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "flat" / name / "only.png")
+        (tmp_path / "half" / "train" / name).mkdir(parents=True)
+    with pytest.raises(data.DataError, match="a holds only one image; two are needed"):
+        data.load("imagefolder", "train", root=tmp_path / "flat")
+    with pytest.raises(data.DataError, match="has train/ but no test/ or val/"):
+        data.load("imagefolder", "train", root=tmp_path / "half")

@@ -5,6 +5,7 @@ The oracle is a dense matrix built here from the definition of the bases and of 
 
 import copy
 import math
+import warnings
 
 import pytest
 import timm
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from leanvit import cost, lbp_wht, sites
+from leanvit import baselines, cost, lbp_wht, sites
 from leanvit.kernels import walsh
 from leanvit.lbp_wht import LBPConv2d, LBPLinear, Setting
 
@@ -468,6 +469,7 @@ def test_22_the_dispatcher_picks_exact_where_nothing_is_saved():
     report = lbp_wht.attach(model, "LP_L1-10")  # 49 bases of 49 tokens
     assert not report.matched and "blocks.0.mlp.fc1" in report.skipped
     assert "exact: 49 bases make 50 rows of 50 tokens" in report.skipped["blocks.0.mlp.fc1"]
+    lbp_wht.detach(model)  # pairs of attach and detach work even where every layer stayed exact
     assert len(lbp_wht.attach(model, "LP_L1-10", exact_when="never").matched) == 4
 
 
@@ -518,7 +520,6 @@ def test_golden_shapes(name):
     kwargs, count, expected = FAMILIES[name]
     with torch.device("meta"):
         model = timm.create_model(name, **kwargs)
-    sites.separate_qkv_bias(model)
     layers, skipped = lbp_wht.find_sites(model)
     assert len(layers) == count
     site = next(s for s in layers if s.name == expected[0])
@@ -601,6 +602,16 @@ def test_scopes():
     assert stages == {"efficientformerv2_s0": ("stages.3.blocks.",), "swinv2_tiny_window8_256": ("layers.3.",)}
 
 
+def test_talking_heads_stay_exact_unless_asked_for():
+    with torch.device("meta"):
+        model = timm.create_model("efficientformerv2_s0")
+    report = lbp_wht.attach(model, "LP_L1-2", scope="last")
+    assert len(report.matched) == 16
+    assert "narrower than 16" in report.skipped["stages.3.blocks.2.token_mixer.talking_head1"]
+    lbp_wht.detach(model)
+    assert len(lbp_wht.attach(model, "LP_L1-2", scope="last", match=lambda n, m: True).matched) == 20
+
+
 def test_separate_ranks_of_the_two_gradients():
     x, weight, bias, g = case(14, 14)
     low, high = lbp_wht.low_pass_l1(2), lbp_wht.low_pass_l1(5)
@@ -652,11 +663,79 @@ def test_lhe_keeps_the_bases_with_most_energy():
 
 
 def test_lhe_on_swinv2_sees_its_qkv():
+    torch.manual_seed(0)
     model = timm.create_model("swinv2_tiny_window8_256", img_size=64, depths=(1, 1, 1, 1), num_classes=3)
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)  # SwinV2 starts its residual branches at zero
     energy = lbp_wht.gradient_energy(model, lambda: model(torch.randn(2, 3, 64, 64)).square().sum())
     assert not any(getattr(m, "qkv_bias_separate", False) for m in model.modules())
     report = lbp_wht.attach(model, "LHE-3", energy=energy, exact_when="never")
     assert set(report.matched) == set(energy) and any(n.endswith("qkv") for n in energy)
+
+
+@pytest.mark.parametrize(
+    "energy, message",
+    [
+        (torch.full((8, 8), float("nan")), "blocks.0.attn.qkv: LHE-5: the gradient energy is not finite: nan"),
+        (torch.ones(4, 4), r"energy of shape \(4, 4\) is not of order 8"),
+    ],
+)
+def test_lhe_refuses_energies_that_say_nothing(energy, message):
+    model = small_vit()
+    everywhere = {n: torch.ones(8, 8) for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    with pytest.raises(ValueError, match=message):
+        lbp_wht.attach(model, "LHE-5", energy=everywhere | {"blocks.0.attn.qkv": energy})
+    nn.init.zeros_(model.head.weight)
+    silent = lbp_wht.gradient_energy(model, lambda: model(torch.randn(2, 3, 112, 112)).sum())
+    with pytest.raises(ValueError, match="energy of every layer is zero.*a head that is still zero"):
+        lbp_wht.attach(model, "LHE-5", energy=silent)
+    assert not lbp_wht.setting_of(model)
+
+
+def test_gradient_energy_and_flop_counts_leave_the_model_as_it_was():
+    model = nn.Sequential(nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16)).train()
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    x = torch.randn(2, 16, 8, 8)
+    lbp_wht.gradient_energy(model, lambda: model(x).square().sum(), example=x)
+    cost.training_flops(model, x)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert torch.equal(model[0].weight.grad, torch.ones_like(model[0].weight))
+
+
+def test_models_whose_tokens_are_no_grid():
+    with torch.device("meta"):
+        mixer = timm.create_model("mixer_l16_224", num_classes=3)
+        nest, hiera = timm.create_model("nest_tiny"), timm.create_model("hiera_tiny_224")
+        xcit = timm.create_model("xcit_nano_12_p16_224")
+        volo = timm.create_model("volo_d1_224")
+    layers, skipped = lbp_wht.find_sites(mixer)
+    assert layers and all("mlp_channels" in s.name and s.grid == (14, 14) for s in layers)
+    assert "form no known grid" in skipped["blocks.0.mlp_tokens.fc1"]
+    for model in (nest, hiera):
+        with pytest.raises(ValueError, match="keeps its tokens .*, not row by row"):
+            lbp_wht.find_sites(model)
+    assert all(s.grid == (14, 14) for s in lbp_wht.find_sites(xcit)[0])
+    assert "aux_head" in lbp_wht.find_sites(volo)[1]
+
+
+def test_a_shared_layer_is_replaced_under_all_its_names():
+    model = small_vit()
+    model.blocks[1].mlp.fc1 = model.blocks[0].mlp.fc1
+    lbp_wht.attach(model, "DC")
+    assert isinstance(model.blocks[1].mlp.fc1, LBPLinear) and model.blocks[1].mlp.fc1 is model.blocks[0].mlp.fc1
+
+
+def test_scope_beside_adapters_is_refused():
+    model = small_vit()
+    baselines.lora(model, rank=4)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    with pytest.raises(ValueError, match="scope 'last' would unfreeze the weights under blocks.0.attn.qkv.lora_A"):
+        lbp_wht.attach(model, "DC", scope="last")
+    report = lbp_wht.attach(model, "DC")
+    assert "blocks.0.attn.qkv.base" in report.matched
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == trained
 
 
 def grads_of(model, x):
@@ -743,6 +822,8 @@ def test_low_precision_gelu():
     without = cost.saved_bytes(model, x)
     assert before > without > after and without - after == 3 * 2 * 50 * 4 * 192 * 2
     lbp_wht.detach(model)
+    clip = timm.create_model("vit_base_patch32_clip_quickgelu_224", depth=1)
+    assert "does nothing here" in lbp_wht.attach(clip, "DC", gelu_input=torch.bfloat16).notes[0]
     lbp_wht.attach(model, lbp_wht.low_pass_linf(8), exact_when="never", gelu_input=torch.bfloat16)
     exact, ours = grads_of(reference, x), grads_of(model, x)
     assert 0 < (exact - ours).norm() < 0.01 * exact.norm()
@@ -777,6 +858,12 @@ def test_channels_last_input_and_grids_that_change():
         ([(0, 0), (0, 0)], 8, "a pair is repeated"),
         ([(0, 8)], 8, r"\(0, 8\) is outside 0..7"),
         ([1, 2], 8, r"a list of \(r, c\) pairs"),
+        ([(0.5, 1)], 8, r"pairs of whole numbers, got \[\(0.5, 1\)\]"),
+        ([(True, False)], 8, "pairs of whole numbers"),
+        (["01", "10"], 8, "pairs of whole numbers"),
+        ("LP_L1-\uff11", 8, "takes a size from 1 to 15"),
+        (4, 8, "a name or a list"),
+        (None, 8, "a name or a list"),
         ("LP_L1-2", 5, "order 5 is not one of"),
     ],
 )
@@ -796,11 +883,22 @@ def test_bad_arguments_of_attach():
         ({"exact_when": "maybe"}, "exact_when 'maybe'"),
         ({"match": lambda n, m: False}, "found nothing to treat in VisionTransformer: no linear layer"),
         ({"grid": (5, 5)}, r"50 tokens do not match grid=\(5, 5\)"),
+        ({"grid": 7}, r"grid=7 must be a pair"),
         ({"example": torch.zeros(1, 3, 112, 112)}, "two images are needed"),
+        ({"example": 32}, "example must be a batch of images .* got 32"),
+        ({"gelu_input": "bfloat16"}, "gelu_input='bfloat16' is no floating-point dtype"),
+        ({"gelu_input": torch.int8}, "gelu_input=torch.int8 is no floating-point dtype"),
+        ({"energy": [1]}, "energy must be what gradient_energy returned, got a list"),
     ]:
         with pytest.raises(ValueError, match=message):
             lbp_wht.attach(model, **kwargs)
         assert not lbp_wht.setting_of(model)
+    with pytest.raises(ValueError, match="Module has no parameters"):
+        lbp_wht.attach(nn.Module())
+    with pytest.raises(TypeError, match="VisionTransformer has torch.complex64 parameters"):
+        with warnings.catch_warnings(action="ignore"):
+            imaginary = small_vit().to(torch.complex64)
+        lbp_wht.attach(imaginary)
     with pytest.raises(ValueError, match="found nothing to treat in Sequential"):
         lbp_wht.attach(nn.Sequential(nn.Conv2d(3, 8, 3)))
     tiny = timm.create_model("vit_tiny_patch16_224", img_size=48, depth=1)  # 3x3 tokens cannot be mirrored to 8x8

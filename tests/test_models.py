@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 
 from leanvit import data, evaluate, models, state
-from leanvit.models import CheckpointError
+from leanvit.models import WeightsError
 
 REAL = Path(os.environ.get("LEANVIT_REAL_DATA") or Path(__file__).parents[2] / "shared" / "real")
 TINY = "vit_tiny_patch16_224"
@@ -81,7 +81,7 @@ def test_wrong_arguments(kwargs, words):
 def test_unreachable_hub_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(CheckpointError) as error:
+    with pytest.raises(WeightsError) as error:
         models.create(TINY, pretrained=True)
     assert all(w in one_line(error) for w in (TINY, "timm/vit_tiny_patch16_224", "hf download", "checkpoint="))
 
@@ -123,7 +123,7 @@ def test_strictness_lists_what_differs_and_changes_nothing(tmp_path):
     save_file(weights, tmp_path / "w.safetensors")
     model = tiny()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(CheckpointError) as error:
+    with pytest.raises(WeightsError) as error:
         models.load_checkpoint(model, tmp_path / "w.safetensors")
     text = one_line(error)
     assert "1 missing: blocks.0.attn.qkv.weight" in text and "1 unexpected: blocks.0.attn.qkv.wight" in text
@@ -141,7 +141,7 @@ def test_strictness_lists_what_differs_and_changes_nothing(tmp_path):
 )
 def test_another_depth_or_width_is_one_clear_error(other, words, tmp_path):
     save_file(tiny().state_dict(), tmp_path / "w.safetensors")
-    with pytest.raises(CheckpointError) as error:
+    with pytest.raises(WeightsError) as error:
         tiny(checkpoint=tmp_path / "w.safetensors", **other)
     assert all(word in one_line(error) for word in words), error.value
 
@@ -149,7 +149,7 @@ def test_another_depth_or_width_is_one_clear_error(other, words, tmp_path):
 def test_head_may_differ_only_when_asked_for(tmp_path):
     model = tiny(num_classes=7)
     save_file(model.state_dict(), tmp_path / "w.safetensors")
-    with pytest.raises(CheckpointError, match=r"head.weight \(7, 192\) instead of \(1000, 192\)"):
+    with pytest.raises(WeightsError, match=r"head.weight \(7, 192\) instead of \(1000, 192\)"):
         tiny(checkpoint=tmp_path / "w.safetensors")
     five = tiny(checkpoint=tmp_path / "w.safetensors", num_classes=5)
     assert five.head.weight.shape == (5, 192) and torch.equal(five.norm.weight, model.norm.weight)
@@ -159,7 +159,7 @@ def test_head_may_differ_only_when_asked_for(tmp_path):
     assert torch.equal(same.head.weight, model.head.weight)
     save_file(tiny(num_classes=0).state_dict(), tmp_path / "headless.safetensors")
     assert tiny(checkpoint=tmp_path / "headless.safetensors", num_classes=3).head.out_features == 3
-    with pytest.raises(CheckpointError, match="2 missing: head.weight, head.bias"):
+    with pytest.raises(WeightsError, match="2 missing: head.weight, head.bias"):
         tiny(checkpoint=tmp_path / "headless.safetensors")
 
 
@@ -212,11 +212,11 @@ def test_npz_of_the_jax_vits(tmp_path):
     np.savez(tmp_path / "w.npz", **jax_archive(model))
     loaded = tiny(num_classes=5, checkpoint=tmp_path / "w.npz")
     assert torch.allclose(loaded.eval()(image_batch()), model.eval()(image_batch()), atol=1e-6)
-    with pytest.raises(CheckpointError, match="2 blocks, the model 3"):
+    with pytest.raises(WeightsError, match="2 blocks, the model 3"):
         tiny(num_classes=5, depth=3, checkpoint=tmp_path / "w.npz")
     narrow = tiny(num_classes=5, embed_dim=96)
     before = {k: v.clone() for k, v in narrow.state_dict().items()}
-    with pytest.raises(CheckpointError, match="w.npz: does not fit"):
+    with pytest.raises(WeightsError, match="w.npz: does not fit"):
         models.load_checkpoint(narrow, tmp_path / "w.npz")
     assert all(torch.equal(v, before[k]) for k, v in narrow.state_dict().items())
 
@@ -230,13 +230,13 @@ def test_files_that_are_no_weights(tmp_path):
     torch.save({"state_dict": {"w": torch.zeros(1)}, "args": Fraction(1, 2)}, tmp_path / "code.pth")
     model = tiny()
     for name in ("a.safetensors", "a.pth", "empty.pth", "a.npz", "b.pth", "code.pth", "absent.pth"):
-        with pytest.raises(CheckpointError, match=name) as error:
+        with pytest.raises(WeightsError, match=name) as error:
             models.load_checkpoint(model, tmp_path / name)
         one_line(error)
     whole = tmp_path / "whole.safetensors"
     save_file(model.state_dict(), whole)
     whole.write_bytes(whole.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(WeightsError, match="cannot be read"):
         models.load_checkpoint(model, whole)
 
 
@@ -246,7 +246,7 @@ def test_real_dinov2_file():
         pytest.skip("dinov2_vits14.safetensors is not there; set LEANVIT_REAL_DATA to the folder that holds it")
     model = models.create("vit_small_patch14_dinov2", checkpoint=path, num_classes=0, img_size=56)
     assert models.token_grid(model) == ((4, 4), 1) and model(image_batch(56)).isfinite().all()
-    with pytest.raises(CheckpointError, match="12 blocks of width 384, the model 3 of width 384"):
+    with pytest.raises(WeightsError, match="12 blocks of width 384, the model 3 of width 384"):
         models.create("vit_small_patch14_dinov2", checkpoint=path, num_classes=0, img_size=56, depth=3)
 
 
@@ -297,3 +297,11 @@ def test_training_transforms_are_timms_random_and_seeded():
         models.transforms(model, True, pading=2)
     with pytest.raises(ValueError, match="needs train=True"):
         models.transforms(model, False, hflip=0.5)
+
+
+def test_a_file_of_anything_is_named(tmp_path):
+    for content in (b"junk", b"", b"\x80\x02garbage" * 9):
+        path = tmp_path / "weights.pth"
+        path.write_bytes(content)
+        with pytest.raises(WeightsError, match="weights.pth: (cannot be read as weights|holds more than tensors)"):
+            models.create("embedded_vit", checkpoint=path)

@@ -11,6 +11,11 @@ def _any(name, module):
     return True
 
 
+def _layer():
+    """A linear layer as a model of its own: an image flattens to tokens, and tokens pass."""
+    return nn.Sequential(nn.Flatten(2), nn.Linear(5, 3))
+
+
 def _gradients(layer, x, g):
     x = x.clone().requires_grad_()
     y = layer(x)
@@ -23,10 +28,9 @@ def test_gradients_equal_ours_with_reflect_padding(grid, prefix, bases):
     torch.manual_seed(0)
     tokens = prefix + grid[0] * grid[1]
     x, g = torch.randn(2, tokens, 5, dtype=torch.float64), torch.randn(2, tokens, 3, dtype=torch.float64)
-    before = nn.Sequential(nn.Linear(5, 3)).double()
-    after = nn.Sequential(nn.Linear(5, 3)).double()
+    before, after = _layer().double(), _layer().double()
     after.load_state_dict(before.state_dict())
-    options = {"example": torch.zeros_like(x), "grid": grid, "prefix_tokens": prefix, "match": _any}
+    options = {"example": x[..., None], "grid": grid, "prefix_tokens": prefix, "match": _any}
     published.attach(before, bases, **options)
     lbp_wht.attach(after, bases, pad="reflect", exact_when="never", **options)
     y, wanted = _gradients(before, x, g)
@@ -40,9 +44,9 @@ def test_low_rank_gradient_is_not_the_exact_one():
     """Otherwise the comparison above would also pass for two stock layers."""
     torch.manual_seed(0)
     x, g = torch.randn(2, 64, 5), torch.randn(2, 64, 3)
-    layer = nn.Sequential(nn.Linear(5, 3))
+    layer = _layer()
     _, exact = _gradients(layer, x, g)
-    published.attach(layer, "LP_L1-4", example=torch.zeros_like(x), grid=(8, 8), match=_any)
+    published.attach(layer, "LP_L1-4", example=x[..., None], grid=(8, 8), match=_any)
     _, low = _gradients(layer, x, g)
     assert not torch.allclose(exact[0], low[0], atol=1e-2)
     assert not torch.allclose(exact[1], low[1], atol=1e-2)
@@ -66,4 +70,4 @@ def test_whole_model_keeps_its_output_and_trains():
 def test_nothing_to_treat_raises():
     model = nn.Sequential(nn.Linear(5, 3))
     with pytest.raises(ValueError, match="no linear layer of Sequential"):
-        published.attach(model, example=torch.zeros(2, 5))
+        published.attach(model, example=torch.zeros(2, 1, 1, 5))

@@ -208,3 +208,13 @@ def test_what_is_missing_in_a_result_is_named():
     assert record.incomplete({**complete, "headline": ""}) == ["empty headline"]
     del complete["key"]
     assert record.incomplete(complete) == ["no key"]
+
+
+def test_the_library_hash_covers_assets_but_those_a_notebook_writes(tmp_path, monkeypatch):
+    package = tmp_path / "leanvit"
+    (package / "assets").mkdir(parents=True)
+    (package / "assets" / "weights.bin").write_bytes(b"1")
+    monkeypatch.setattr(record, "__file__", str(package / "record.py"))
+    before, without = record.library_hash(), record.library_hash(["weights.bin"])
+    (package / "assets" / "weights.bin").write_bytes(b"2")
+    assert record.library_hash() != before and record.library_hash(["weights.bin"]) == without

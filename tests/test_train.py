@@ -444,3 +444,18 @@ def test_bad_input():
 def test_a_set_smaller_than_the_batch_is_one_batch():
     history = fit(tiny(), Images(6), Recipe(batch_size=64, lr=1e-3, epochs=2), progress=False)
     assert history.steps == 2 and [e["epoch"] for e in history.epochs] == [1, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64])
+def test_images_that_are_no_floats_are_refused_in_words(dtype):
+    model = VisionTransformer(img_size=8, patch_size=4, embed_dim=16, depth=1, num_heads=2, num_classes=3)
+    dataset = torch.utils.data.TensorDataset(torch.ones(4, 3, 8, 8).to(dtype), torch.zeros(4, dtype=torch.long))
+    with pytest.raises(TypeError, match=f"the images are {dtype}; floating-point ones are needed"):
+        fit(model, dataset, Recipe(batch_size=2, lr=1e-3, steps=1), progress=False)
+
+
+def test_labels_outside_the_head_are_refused_for_any_data_set():
+    model = VisionTransformer(img_size=8, patch_size=4, embed_dim=16, depth=1, num_heads=2, num_classes=3)
+    dataset = torch.utils.data.TensorDataset(torch.ones(4, 3, 8, 8), torch.tensor([0, 1, 2, 7]))
+    with pytest.raises(ValueError, match=r"labels lie in 0..7; the model's head has 3 classes \(0..2\)"):
+        fit(model, dataset, Recipe(batch_size=4, lr=1e-3, steps=1), progress=False)

@@ -36,12 +36,11 @@ def parameters(model: nn.Module) -> dict[str, int]:
 
 def training_flops(model: nn.Module, x: Tensor) -> dict[str, int]:
     """`{"forward", "backward"}` FLOPs of one training step on `x: (B, 3, H, W)`, all products, no optimiser."""
-    with FlopCounterMode(display=False) as counter:
+    with surgery.undisturbed(model), FlopCounterMode(display=False) as counter:
         loss = model(x).float().sum()
         forward = counter.get_total_flops()
         if loss.requires_grad:
             loss.backward()
-    model.zero_grad(set_to_none=True)
     return {"forward": forward, "backward": counter.get_total_flops() - forward}
 
 
@@ -75,7 +74,7 @@ def saved(model: nn.Module | None = None) -> Iterator[Saved]:
 
 def saved_bytes(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor] | None = None) -> int:
     """Bytes that one training step of `model` on `x` keeps for its backward pass (activations, not parameters)."""
-    with saved(model) as result:
+    with surgery.undisturbed(model), saved(model) as result:
         out = model(x)
         value = out.float().sum() if loss is None else loss(out)
     del value

@@ -15,6 +15,7 @@ import os
 import shutil
 import socket
 import urllib.error
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -181,7 +182,9 @@ def _imagefolder(root: str | Path | None, split: str) -> ImageSet:
     if not base.is_dir():
         raise DataError(f"imagefolder: {base} is not a folder")
     test = next((base / n for n in ("test", "val", "valid", "validation") if (base / n).is_dir()), None)
-    has_splits = (base / "train").is_dir() and test is not None
+    if (base / "train").is_dir() and test is None:
+        raise DataError(f"imagefolder: {base} has train/ but no test/ or val/ beside it")
+    has_splits = (base / "train").is_dir()
     folder = (base / "train" if split == "train" else test) if has_splits else base
     classes = _class_folders(base / "train" if has_splits else base)
     if has_splits and (unknown := sorted(set(_class_folders(folder)) - set(classes))):
@@ -193,6 +196,13 @@ def _imagefolder(root: str | Path | None, split: str) -> ImageSet:
             raise DataError(f"imagefolder: class folder {folder / name} holds no image ({', '.join(endings)})")
         files += found
         labels += [label] * len(found)
+    sizes = Counter(labels)
+    few = [name for label, name in enumerate(classes) if sizes[label] < 2]
+    if few and not has_splits:
+        raise DataError(
+            f"imagefolder: {base} has no train/ and test/, so one image in five of every class is for testing, but "
+            f"{few[0]} holds only one image; two are needed at least"
+        )
     labels = torch.tensor(labels, dtype=torch.long)
     whole = ImageSet("imagefolder", classes, labels, files, _sha256_of(files, labels))
     return whole if has_splits else subset(whole, _cut(labels, split).tolist())

@@ -75,6 +75,8 @@ def predict(
     with modes_restored(model), torch.no_grad():
         model.eval()
         for images, target in loader:
+            if not images.is_floating_point():
+                raise TypeError(f"predict: the images are {images.dtype}; floating-point ones are needed")
             logits.append(model(images.to(device)).float().cpu())
             labels.append(target)
     return torch.cat(logits), torch.cat(labels)

@@ -22,6 +22,7 @@ Known divergences from the authors' released code, each with a way back where it
 
 import functools
 import json
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -58,6 +59,8 @@ def low_error(energy: Tensor, rank: int) -> list[Basis]:
     order = energy.shape[0]
     if not 1 <= rank <= order**2:
         raise ValueError(f"LHE-{rank}: an order-{order} block has 1 to {order**2} bases")
+    if not torch.isfinite(energy).all():
+        raise ValueError(f"LHE-{rank}: the gradient energy is not finite: {energy.sum().item()}")
     best = energy.flatten().argsort(descending=True, stable=True)[:rank].tolist()
     return [divmod(i, order) for i in best]
 
@@ -81,17 +84,21 @@ def parse_bases(bases: str | Iterable[Basis], order: int = 8, energy: Tensor | N
                 f"bases {bases!r}: unknown family {family!r}{f', did you mean {hint[0]!r}?' if hint else ''} "
                 "(LP_L1-k, LP_Linf-k, LHE-R, DC, or a list of (r, c))"
             )
-        if not size.isdecimal() or not 1 <= int(size) <= largest:
+        if not (size.isascii() and size.isdecimal()) or not 1 <= int(size) <= largest:
             raise ValueError(f"bases {bases!r}: {family} of order {order} takes a size from 1 to {largest}")
         if family == "LHE":
             if energy is None:
                 raise ValueError(f"bases {bases!r} need energy=gradient_energy(model, loss), measured on a batch")
+            if tuple(energy.shape) != (order, order):
+                raise ValueError(f"bases {bases!r}: energy of shape {tuple(energy.shape)} is not of order {order}")
             return low_error(energy, int(size))
         return (low_pass_l1 if family == "LP_L1" else low_pass_linf)(int(size), order)
     try:
-        pairs = [(int(r), int(c)) for r, c in bases]
+        pairs = [(operator.index(r), operator.index(c)) for r, c in bases]
+        if any(isinstance(sequency, bool) for pair in bases for sequency in pair):
+            raise TypeError("a bool is no sequency")
     except (TypeError, ValueError) as error:
-        raise ValueError(f"bases must be a name or a list of (r, c) pairs, got {bases!r}") from error
+        raise ValueError(f"bases must be a name or a list of (r, c) pairs of whole numbers, got {bases!r}") from error
     wrong = [p for p in pairs if not (0 <= p[0] < order and 0 <= p[1] < order)]
     if not pairs or wrong or len(set(pairs)) != len(pairs):
         what = f"{wrong[0]} is outside 0..{order - 1}" if wrong else "no pair" if not pairs else "a pair is repeated"
@@ -313,7 +320,6 @@ def gradient_energy(
     channels; by Parseval the energy of the dropped bases is the squared error of the projected gradient
     (specification 2.3).
     """
-    separate_qkv_bias(model, match)
     sites, _ = find_sites(model, match, example)
     everything = _flat(tuple(low_pass_linf(order, order)))
     energy = {site.name: torch.zeros(order, order, dtype=torch.float64) for site in sites}
@@ -333,21 +339,18 @@ def gradient_energy(
         return hook
 
     hooks = [model.get_submodule(site.name).register_forward_hook(watch(site)) for site in sites]
-    grads = [(parameter, parameter.grad) for parameter in model.parameters()]
     modes = [(m, m.training) for m in model.modules() if isinstance(m, (LBPLinear, LBPConv2d))]
+    separate_qkv_bias(model, match)
     try:
-        for parameter, _ in grads:
-            parameter.grad = None
         for module, _ in modes:
             module.training = False  # exact gradients
-        loss().backward()
+        with surgery.undisturbed(model):
+            loss().backward()
     finally:
         for hook in hooks:
             hook.remove()
         for module, training in modes:
             module.training = training
-        for parameter, grad in grads:
-            parameter.grad = grad
         join_qkv_bias(model)
     return energy
 
@@ -374,11 +377,21 @@ def _exact_reason(site: Site, rank: int, order: int, device: str) -> str | None:
     return None
 
 
+ATTACHED = "lbp_wht_attached"  # attribute of a model between attach and detach, also when every layer stays exact
+ADAPTERS = ("lora_", "kad_", "adapter_")  # prefixes of trained parameters that sit on frozen layers
+
+
 def _train_scope(model: nn.Module, scope: str | None) -> None:
     if scope is None:
         return
     if scope not in ("full", "last"):
         raise ValueError(f"scope {scope!r} is not one of 'full', 'last' (the last stage and the head) or None")
+    adapter = next((n for n, _ in model.named_parameters() if n.rpartition(".")[2].startswith(ADAPTERS)), None)
+    if adapter is not None:
+        raise ValueError(
+            f"scope {scope!r} would unfreeze the weights under {adapter}; use scope=None beside adapters, which leaves "
+            "what is trained alone"
+        )
     stage = last_stage(model) if scope == "last" else ("",)
     head = surgery.head_parameters(model)
     surgery.freeze(model, keep=lambda name: name.startswith(stage) or name in head)
@@ -409,8 +422,8 @@ def attach(
             `"LP_Linf-k"`, `"LHE-R"` (needs `energy`), `"DC"` (the gradient filter), `"exact"`, or pairs `(r, c)`.
         pad: "zero" (exact at full rank) or "reflect" (the released code, with its biased weight gradient).
         order: 2, 4, 8 or 16, the side of a block.
-        scope: "full" trains everything, "last" the last stage and the head, `None` leaves `requires_grad` alone.
-            With "last" only the layers of that stage are treated.
+        scope: "full" trains everything, "last" the last stage and the head, `None` leaves `requires_grad` alone (the
+            one to use beside LoRA). With "last" only the layers of that stage are treated.
         match: `match(name, module) -> bool` chooses the layers; without it all but heads and very narrow ones.
         energy: what `gradient_energy` returned. shared: LHE keeps one set for all layers instead of one for each.
         exact_when: "slower" leaves a layer exact where nothing is saved or a measured table says so; "never" does not.
@@ -427,7 +440,17 @@ def attach(
         raise ValueError(f"pad {pad!r} is neither 'zero' nor 'reflect'")
     if exact_when not in ("slower", "never"):
         raise ValueError(f"exact_when {exact_when!r} is neither 'slower' nor 'never'")
-    if any(isinstance(m, (LBPLinear, LBPConv2d)) for m in model.modules()):
+    if gelu_input is not None and not (isinstance(gelu_input, torch.dtype) and gelu_input.is_floating_point):
+        raise ValueError(f"gelu_input={gelu_input!r} is no floating-point dtype; torch.bfloat16 is the usual one")
+    if energy is not None and not isinstance(energy, Mapping):
+        raise ValueError(f"energy must be what gradient_energy returned, got a {type(energy).__name__}")
+    if energy and not any(e.isnan().any() or e.sum() > 0 for e in energy.values()):
+        # single layers may have none: behind the last attention only the class token reaches the head
+        raise ValueError(
+            "the gradient energy of every layer is zero; measure it on a batch whose gradient reaches the layers "
+            "(not with a head that is still zero, nor with everything behind them frozen)"
+        )
+    if getattr(model, ATTACHED, False):
         raise ValueError("LBP-WHT is attached already; detach(model) first")
     if scope == "last":
         stage, asked = last_stage(model), match
@@ -439,47 +462,49 @@ def attach(
         if spec == "exact":
             return None
         measured = None
-        if energy is not None and name is not None:
+        if energy and name is not None:
             if not shared and name not in energy:
                 raise ValueError(f"energy has no entry for {name}; measure it with the same match=")
             measured = sum(energy.values()) if shared else energy[name]
-        elif name is None and isinstance(spec, str) and spec.startswith("LHE-") and energy is not None:
-            measured = sum(energy.values())
-        return tuple(parse_bases(spec, order, measured))
+        elif name is None and isinstance(spec, str) and spec.startswith("LHE-") and energy:
+            measured = torch.ones(order, order)  # each layer's own is looked at below
+        try:
+            return tuple(parse_bases(spec, order, measured))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None if name and measured is not None else error
 
-    input_spec = list(bases) if not isinstance(bases, str) else bases
-    weight_spec = input_spec if weight_bases is None else weight_bases
-    weight_spec = list(weight_spec) if not isinstance(weight_spec, str) else weight_spec
+    def listed(spec: str | Iterable[Basis]) -> str | list[Basis]:
+        """An iterator can be read but once."""
+        return spec if isinstance(spec, str) or not isinstance(spec, Iterable) else list(spec)
+
+    input_spec = listed(bases)
+    weight_spec = input_spec if weight_bases is None else listed(weight_bases)
     for spec in (input_spec, weight_spec):
         parsed(spec, None)  # malformed bases raise before anything is touched
-    separate_qkv_bias(model, chosen)
-    try:
-        sites, skipped = find_sites(model, chosen, example, grid, prefix_tokens)
-        settings: list[tuple[Site, Setting]] = []
-        device = next(model.parameters()).device.type
-        for site in sites:
-            own = parsed(input_spec, site.name), parsed(weight_spec, site.name)
-            rank = max(len(b) if b is not None else 0 for b in own)
-            reason = _exact_reason(site, rank, order, device) if exact_when == "slower" and rank else None
-            if reason:
-                skipped[site.name] = reason
-            else:
-                fixed = site.grid if site.layout == "tokens" else None
-                setting = Setting(site.name, site.layout, fixed, site.prefix, *own, order, pad == "reflect")
-                if pad == "reflect":
-                    walsh.dense_matrix(*site.grid, [0, 0], order, True)  # grids too small to mirror raise here
-                settings.append((site, setting))
-        if not settings and not any(reason.startswith("exact:") for reason in skipped.values()):
-            why = "; ".join(f"{n}: {r}" for n, r in list(skipped.items())[:4]) or "no linear layer was found"
-            raise ValueError(f"LBP-WHT found nothing to treat in {type(model).__name__}: {why}")
-        _train_scope(model, scope)
-    except Exception:
-        join_qkv_bias(model)
-        raise
+    sites, skipped = find_sites(model, chosen, example, grid, prefix_tokens, narrow=match is not None)
+    settings: list[tuple[Site, Setting]] = []
+    device = next(model.parameters()).device.type
+    for site in sites:
+        own = parsed(input_spec, site.name), parsed(weight_spec, site.name)
+        rank = max(len(b) if b is not None else 0 for b in own)
+        reason = _exact_reason(site, rank, order, device) if exact_when == "slower" and rank else None
+        if reason:
+            skipped[site.name] = reason
+        else:
+            fixed = site.grid if site.layout == "tokens" else None
+            setting = Setting(site.name, site.layout, fixed, site.prefix, *own, order, pad == "reflect")
+            if pad == "reflect":
+                walsh.dense_matrix(*site.grid, [0, 0], order, True)  # grids too small to mirror raise here
+            settings.append((site, setting))
+    if not settings and not any(reason.startswith("exact:") for reason in skipped.values()):
+        first = {reason: name for name, reason in reversed(skipped.items())}
+        why = "; ".join(f"{n}: {r}" for r, n in list(first.items())[:4]) or "no linear layer was found"
+        raise ValueError(f"LBP-WHT found nothing to treat in {type(model).__name__}: {why}")
+    _train_scope(model, scope)
+    names = [site.name for site, _ in settings]
+    separate_qkv_bias(model, lambda name, module: name in names)
     for site, setting in settings:
         surgery.replace(model, site.name, _wrap(model.get_submodule(site.name), setting))
-    names = [site.name for site, _ in settings]
-    join_qkv_bias(model)  # where qkv stays exact
     notes = []
     if gelu_input is not None:
         parents = {name.rpartition(".")[0] for name in names}
@@ -487,14 +512,17 @@ def attach(
         for name in gelus:
             surgery.replace(model, name, _low_precision(model.get_submodule(name), gelu_input))
         notes.append(f"{len(gelus)} GELU inputs are saved as {str(gelu_input).removeprefix('torch.')}")
+        if not gelus:
+            notes[-1] = f"gelu_input={gelu_input} does nothing here: no nn.GELU stands beside a treated layer"
+    setattr(model, ATTACHED, True)
     return Report("LBP-WHT", names, skipped, *surgery.count(model), notes)
 
 
 def detach(model: nn.Module) -> None:
     """Put the stock layers back, with the trained weights in them. Raises ValueError where nothing is attached."""
-    wrapped = [(n, m) for n, m in model.named_modules() if isinstance(m, (LBPLinear, LBPConv2d, LowPrecisionGELU))]
-    if not wrapped:
+    if not model.__dict__.pop(ATTACHED, False):
         raise ValueError(f"LBP-WHT is not attached to this {type(model).__name__}")
+    wrapped = [(n, m) for n, m in model.named_modules() if isinstance(m, (LBPLinear, LBPConv2d, LowPrecisionGELU))]
     for name, module in wrapped:
         surgery.replace(model, name, _recast(module, module.stock))
     join_qkv_bias(model)

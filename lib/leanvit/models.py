@@ -20,7 +20,7 @@ import timm.data
 import torch
 import torchvision.transforms as tvt
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from timm.models import clean_state_dict
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -45,7 +45,7 @@ EMBEDDED_CFG = {
 }
 
 
-class CheckpointError(ValueError):
+class WeightsError(ValueError):
     """Weights that do not fit the model or cannot be read. The message is one line."""
 
 
@@ -62,7 +62,7 @@ def create(
 
     `checkpoint`: "embedded" (the committed weights of embedded_vit) or a file, see `load_checkpoint`. `pretrained`:
     timm's weights from the hub. `num_classes`: where it differs from the checkpoint's, the head starts anew; where it
-    does not, the checkpoint's head is kept, as timm does. Raises `CheckpointError` when weights do not fit or cannot
+    does not, the checkpoint's head is kept, as timm does. Raises `WeightsError` when weights do not fit or cannot
     be reached, `ValueError` for an unknown name.
     """
     if checkpoint is not None and pretrained:
@@ -107,7 +107,7 @@ def _timm_model(name: str, pretrained: bool, kwargs: dict) -> nn.Module:
         cfg = timm.get_pretrained_cfg(name) if timm.is_model(base) else None
         where = getattr(cfg, "hf_hub_id", None) or getattr(cfg, "url", None) or name
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(
+        raise WeightsError(
             f"the weights of {name} ({where}) cannot be had here ({type(error).__name__}: {first}); on a machine "
             f"with a network run `hf download {where}` and copy its cache ($HF_HOME, else ~/.cache/huggingface) here, "
             "or give checkpoint=<file>"
@@ -120,11 +120,11 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, new_head: bool = Fals
     Prefixes of wrappers ("module.") and keys like "state_dict" or "model" are taken off; position grids and patch
     kernels of another size are resampled by the model's own timm filter, and named under "resampled" in the header.
     `new_head`: a classifier of another number of classes, or none, is left out and the model's own stays.
-    Raises `CheckpointError` that lists what is missing, unexpected and of another shape; the model is then unchanged.
+    Raises `WeightsError` that lists what is missing, unexpected and of another shape; the model is then unchanged.
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file of weights (cwd {Path.cwd().name}/)")
+        raise WeightsError(f"{path}: no such file of weights (cwd {Path.cwd().name}/)")
     if path.suffix == ".npz":
         return _load_npz(model, path)
     tensors, header = _read(path)
@@ -146,9 +146,9 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, new_head: bool = Fals
         if not head <= tensors.keys():
             tensors |= {key: wanted[key] for key in head if key in wanted}
     if problems := _differences(tensors, wanted):
-        raise CheckpointError(f"{path}: does not fit the model: {'; '.join(problems)}{_sizes(original, wanted)}")
+        raise WeightsError(f"{path}: does not fit the model: {'; '.join(problems)}{_sizes(original, wanted)}")
     if cannot:
-        raise CheckpointError(cannot)
+        raise WeightsError(cannot)
     model.load_state_dict(tensors, strict=True)
     resampled = [
         f"{key} {original[key]} -> {tuple(value.shape)}"
@@ -167,21 +167,21 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
             return clean_state_dict(tensors), _header(metadata)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, OSError, zipfile.BadZipFile, KeyError) as error:
-        why = (str(error).splitlines() or ["the file ends too early"])[0]
-        raise CheckpointError(f"{path}: cannot be read as weights ({why})") from None
     except pickle.UnpicklingError:
-        raise CheckpointError(
+        raise WeightsError(
             f"{path}: holds more than tensors, so it is not opened (it could run code); save its state_dict alone, "
             "best with safetensors.torch.save_file"
         ) from None
+    except Exception as error:  # a file of anything makes torch.load fail in any way
+        why = (str(error).splitlines() or ["the file ends too early"])[0]
+        raise WeightsError(f"{path}: cannot be read as weights ({why})") from None
     for key in ("state_dict", "model", "teacher", "student"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
             break
     if not isinstance(content, dict) or not content or not all(isinstance(v, torch.Tensor) for v in content.values()):
         keys = ", ".join(map(str, list(content)[:6])) if isinstance(content, dict) else type(content).__name__
-        raise CheckpointError(f"{path}: no dictionary of tensors, nor one under state_dict or model (found: {keys})")
+        raise WeightsError(f"{path}: no dictionary of tensors, nor one under state_dict or model (found: {keys})")
     return clean_state_dict(content), {}
 
 
@@ -194,7 +194,7 @@ def _header(metadata: dict[str, str]) -> dict:
 
 def _load_npz(model: nn.Module, path: Path) -> dict:
     if not hasattr(model, "load_pretrained"):
-        raise CheckpointError(f"{path}: timm does not read .npz files for {type(model).__name__}; convert it first")
+        raise WeightsError(f"{path}: timm does not read .npz files for {type(model).__name__}; convert it first")
     before = {key: value.clone() for key, value in model.state_dict().items()}
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
@@ -204,7 +204,7 @@ def _load_npz(model: nn.Module, path: Path) -> dict:
         model.load_pretrained(str(path))
     except (OSError, ValueError, KeyError, RuntimeError, AssertionError, zipfile.BadZipFile) as error:
         model.load_state_dict(before)
-        raise CheckpointError(f"{path}: does not fit the model: {error}") from None
+        raise WeightsError(f"{path}: does not fit the model: {error}") from None
     return {}
 
 

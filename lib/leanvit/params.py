@@ -247,4 +247,6 @@ def _shown(value: Any) -> str:
     }
     if value is None:
         return "null"
-    return f"{value!r} ({kinds.get(type(value), type(value).__name__)})"
+    text = repr(value)
+    text = text if len(text) <= 80 else f"{text[:77]}..."
+    return f"{text} ({kinds.get(type(value), type(value).__name__)})"

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -82,21 +83,27 @@ def notebook_hash(path: Path) -> str:
     return _sha256(*(part for cell in cells for part in (cell["cell_type"], "".join(cell["source"]))))
 
 
-def library_hash() -> str:
-    """sha256 over the sources of the package (.py, .cu, .cpp, .h) that a notebook can use."""
+def library_hash(without: Iterable[str] = ()) -> str:
+    """sha256 over what a notebook can use of the package: sources (.py, .cu), and assets (images, weights, tables)
+    but those named in `without`.
+    """
     package = Path(__file__).parent
-    files = [file for kind in ("py", "cu", "cpp", "h") for file in package.rglob(f"*.{kind}")]
-    files = sorted((file.relative_to(package).as_posix(), file) for file in files)
-    return _sha256(
-        *(part for name, file in files if name not in NOT_HASHED for part in (name, file.read_text("utf-8")))
-    )
+    files = [file for kind in ("py", "cu") for file in package.rglob(f"*.{kind}") if file.name not in NOT_HASHED]
+    files += [file for file in (package / "assets").glob("*") if file.name not in without]
+    named = sorted((file.relative_to(package).as_posix(), file) for file in files)
+    return _sha256(*(part for name, file in named for part in (name, hashlib.sha256(file.read_bytes()).hexdigest())))
 
 
 def key_hashes(root: Path, notebook: str, parameters: dict[str, Any]) -> dict[str, str]:
-    """The hashes of notebook, library and resolved parameters; a result is fresh while all three are unchanged."""
+    """The hashes of notebook, library and resolved parameters; a result is fresh while all three are unchanged.
+
+    Assets that the notebook itself can write do not count: they stand in its metadata, {"leanvit": {"writes": [...]}}.
+    """
+    path = root / "notebooks" / f"{notebook}.ipynb"
+    written = json.loads(path.read_text(encoding="utf-8"))["metadata"].get("leanvit", {}).get("writes", [])
     return {
-        "notebook": notebook_hash(root / "notebooks" / f"{notebook}.ipynb"),
-        "library": library_hash(),
+        "notebook": notebook_hash(path),
+        "library": library_hash(written),
         "parameters": _sha256(json.dumps(parameters, sort_keys=True)),
     }
 

@@ -8,12 +8,15 @@ import math
 from dataclasses import dataclass
 
 import torch
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from leanvit import surgery
 from leanvit.kernels import walsh
 from leanvit.surgery import Match
 
+# architectures whose token axis is not the image row by row
+SHUFFLED = {"Hiera": "in the order of its mask units", "Nest": "block by block"}
 NARROWEST = 16  # below this width the transforms cost more than the product they save (talking heads, LoRA factors)
 
 
@@ -77,9 +80,24 @@ def _example(model: nn.Module, batch: int = 2) -> Tensor:
     size = (
         getattr(getattr(model, "patch_embed", None), "img_size", None) or config.get("input_size", (3, 224, 224))[-2:]
     )
-    parameter = next(model.parameters())
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        raise ValueError(f"{type(model).__name__} has no parameters: a timm vision transformer is needed")
+    if not parameter.is_floating_point():
+        raise TypeError(f"{type(model).__name__} has {parameter.dtype} parameters: floating-point ones are needed")
     channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
     return torch.zeros(batch, channels, *size, device=parameter.device, dtype=parameter.dtype)
+
+
+def _window(model: nn.Module, name: str) -> tuple[int, int] | None:
+    """The window of the nearest module around `name` that has one."""
+    path = name.split(".")
+    for depth in range(len(path) - 1, 0, -1):
+        module = model.get_submodule(".".join(path[:depth]))
+        window = getattr(module, "window_size", None) or getattr(module, "partition_size", None)
+        if window is not None:
+            return to_2tuple(window)
+    return None
 
 
 def _token_grid(model: nn.Module, name: str, tokens: int, image: torch.Size, seen: tuple[int, int] | None):
@@ -88,17 +106,12 @@ def _token_grid(model: nn.Module, name: str, tokens: int, image: torch.Size, see
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     candidates = []
     if patch is not None:
-        candidates += [((image[-2] // patch[0], image[-1] // patch[1]), prefix)]
-    path = name.split(".")
-    for depth in range(len(path) - 1, 0, -1):
-        window = getattr(model.get_submodule(".".join(path[:depth])), "window_size", None)
-        if window is not None:
-            candidates += [((window, window) if isinstance(window, int) else tuple(window), 0)]
-            break
-    if seen is not None:
-        candidates += [(seen, 0)]
-    side = math.isqrt(tokens - prefix) if tokens > prefix else 0
-    candidates += [((side, side), prefix)]
+        rows, columns = to_2tuple(patch)
+        candidates += [((image[-2] // rows, image[-1] // columns), prefix)]
+    candidates += [(grid, 0) for grid in (_window(model, name), seen) if grid is not None]
+    if tokens > prefix:  # later stages pool the first grid; a square that does so is taken for theirs
+        side, first = math.isqrt(tokens - prefix), candidates[0][0] if candidates else None
+        candidates += [((side, side), prefix)] if first is None or first[0] % side == first[1] % side == 0 else []
     return next(((g, p) for g, p in candidates if g[0] * g[1] > 0 and p + g[0] * g[1] == tokens), None)
 
 
@@ -108,17 +121,26 @@ def find_sites(
     example: Tensor | None = None,
     grid: tuple[int, int] | None = None,
     prefix_tokens: int | None = None,
+    narrow: bool | None = None,
 ) -> tuple[list[Site], dict[str, str]]:
     """Linear layers that see a token grid, found by one forward pass of `example` without gradients.
 
     Args:
         example: images `(B, 3, H, W)`, B >= 2 (meta tensors do); by default two blank ones of the model's own size.
         grid, prefix_tokens: for `(B, N, C)` inputs whose grid cannot be told from the model.
+        narrow: also layers below `NARROWEST` channels; by default only where `match` asks for them.
 
     Returns:
         The sites, in the order of the model, and `{name: reason}` for the linear layers that are none.
     """
+    if type(model).__name__ in SHUFFLED:
+        raise ValueError(f"{type(model).__name__} keeps its tokens {SHUFFLED[type(model).__name__]}, not row by row")
+    if grid is not None and (not isinstance(grid, tuple | list) or len(grid) != 2):
+        raise ValueError(f"grid={grid!r} must be a pair (rows, columns)")
     example = _example(model) if example is None else example
+    if not isinstance(example, Tensor) or example.dim() != 4:
+        what = tuple(example.shape) if isinstance(example, Tensor) else repr(example)
+        raise ValueError(f"example must be a batch of images (B, 3, H, W), got {what}")
     if example.shape[0] < 2:
         raise ValueError(
             f"example has a batch of {example.shape[0]}: two images are needed to tell the batch dimension"
@@ -141,6 +163,9 @@ def find_sites(
         if isinstance(module, nn.Conv2d):
             return Site(name, "chw", tuple(x.shape[2:]), 0, ci, co, calls)
         if x.dim() == 4:
+            like_the_image = x.shape[1] * example.shape[3] == x.shape[2] * example.shape[2]
+            if not like_the_image and tuple(x.shape[1:3]) != _window(model, name):
+                return f"its {x.shape[1]}x{x.shape[2]} tokens are no grid of the image and no window"
             return Site(name, "hwc", tuple(x.shape[1:3]), 0, ci, co, calls)
         if x.dim() != 3:
             return f"its input has {x.dim()} dimensions"
@@ -165,15 +190,16 @@ def find_sites(
 
     hooks = []
     modes = {m: m.training for m in model.modules()}
+    separated = separate_qkv_bias(model, match)
     try:
         for name, module in layers:
-            narrow = min(module.weight.shape[:2]) < NARROWEST
+            too_narrow = min(module.weight.shape[:2]) < NARROWEST
             plain = getattr(type(module), "stock", type(module)) in (nn.Linear, nn.Conv2d)
             if name in heads:
                 skipped[name] = "the classifier stays exact"
             elif not plain:
                 skipped[name] = f"{type(module).__name__} has a forward of its own"
-            elif narrow and match is None:
+            elif too_narrow and not (match is not None if narrow is None else narrow):
                 skipped[name] = f"narrower than {NARROWEST} channels: the transforms would cost more than they save"
             else:
                 hooks.append(module.register_forward_pre_hook(watch(name)))
@@ -185,6 +211,8 @@ def find_sites(
             hook.remove()
         for module, training in modes.items():
             module.training = training
+        if separated:
+            join_qkv_bias(model)
     for name, _ in layers:
         if name not in sites and name not in skipped:
             skipped[name] = "its forward is never called (the block reads the weight itself)"
@@ -194,7 +222,8 @@ def find_sites(
 def last_stage(model: nn.Module) -> tuple[str, ...]:
     """Name prefixes of the last stage: the last third of the blocks of a flat ViT, the last stage of the others.
 
-    EfficientFormerV2's stage goes without its attention down-sampling, as in the released configurations.
+    EfficientFormerV2's stage goes without its attention down-sampling, as in the released configurations. What follows
+    the blocks (final norm, attention pooling, class-attention blocks) is not part of it.
     """
     blocks = getattr(model, "blocks", None)
     if isinstance(blocks, (nn.Sequential, nn.ModuleList)):

@@ -4,9 +4,11 @@ Layers are found among `nn.Linear` and plain 1x1 `nn.Conv2d` by their full name,
 replaced one by one in their parent; no block's class is swapped and no forward is rewritten.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 Match = Callable[[str, nn.Module], bool]
@@ -53,13 +55,31 @@ def linears(model: nn.Module, match: Match | None = None) -> list[tuple[str, nn.
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
-    """Put `module` where `name` (full dotted name) is, and return what was there."""
-    parent_name, _, child = name.rpartition(".")
-    parent = model.get_submodule(parent_name)
-    old = getattr(parent, child)
+    """Put `module` where `name` (full dotted name) is, under every name it is shared by, and return what was there."""
+    old = model.get_submodule(name)
     module.train(old.training)
-    setattr(parent, child, module)
+    aliases = [n for n, m in model.named_modules(remove_duplicate=False) if m is old]
+    for alias in aliases:
+        parent, _, child = alias.rpartition(".")
+        setattr(model.get_submodule(parent), child, module)
     return old
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Afterwards gradients and buffers (BatchNorm's statistics) are what they were; inside, `.grad` is None."""
+    grads = [(p, p.grad) for p in model.parameters()]
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    for parameter, _ in grads:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, grad in grads:
+            parameter.grad = grad
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
 
 
 def freeze(model: nn.Module, keep: Callable[[str], bool] = lambda name: False) -> None:
@@ -78,7 +98,8 @@ def head_modules(model: nn.Module) -> list[str]:
     """Full names of the classifier modules of a timm model (`[]` where it has none)."""
     names = {id(m): n for n, m in model.named_modules()}
     classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
-    found = classifier if isinstance(classifier, (tuple, list)) else [classifier]
+    found = [*classifier] if isinstance(classifier, (tuple, list)) else [classifier]
+    found.append(getattr(model, "aux_head", None))  # VOLO's second classifier
     return [names[id(m)] for m in found if m is not None and id(m) in names]
 
 

@@ -263,6 +263,16 @@ def _check(model: nn.Module, dataset: Dataset, world: int, recipe: Recipe) -> tu
     return batch, steps
 
 
+def _check_batch(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    """Say in words what the first product, or the loss, would say in torch's."""
+    if not images.is_floating_point():
+        raise TypeError(f"fit: the images are {images.dtype}; floating-point ones are needed, see models.transforms")
+    classes = getattr(model, "num_classes", None)
+    if classes and not labels.is_floating_point() and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        low, high = int(labels.min()), int(labels.max())
+        raise ValueError(f"fit: labels lie in {low}..{high}; the model's head has {classes} classes (0..{classes - 1})")
+
+
 def _mixer(model: nn.Module, dataset: Dataset, recipe: Recipe) -> Mixup | None:
     if not (recipe.mixup or recipe.cutmix):
         return None
@@ -377,6 +387,8 @@ def fit(
         shown = {} if progress and accelerator.is_main_process else {"disable": True}
         with tqdm(total=steps, initial=start, unit="step", mininterval=0.5, leave=False, **shown) as bar:
             for step, (images, labels) in enumerate(loader, start + 1):  # steps count from 1
+                if step == start + 1:
+                    _check_batch(model, images, labels)
                 images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
                 _seed(mix_seed(recipe.seed, "step", step, rank), device)
                 if mixer is not None:

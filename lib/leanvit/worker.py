@@ -122,7 +122,8 @@ def _watch_parent(parent: int) -> None:
     """
     import psutil
 
-    while psutil.pid_exists(parent) and os.getppid() == parent:
+    # on Windows a virtual environment's python starts a second one, so that our parent is not the runner itself
+    while psutil.pid_exists(parent) and (os.name == "nt" or os.getppid() == parent):
         time.sleep(0.5)
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
