@@ -370,8 +370,8 @@ def _exact_reason(site: Site, rank: int, order: int, device: str) -> str | None:
     if rows >= site.tokens:
         return f"exact: {rank} bases make {rows} rows of {site.tokens} tokens, so nothing is saved"
     width = min(site.in_features, site.out_features)
-    limits = [row for row in _slower_table() if row["device"] == device and width >= row["min_width"]]
-    limit = max((row["max_rows_ratio"] for row in limits), default=1.0)
+    fitting = [row for row in _slower_table() if row["device"] == device and width >= row["min_width"]]
+    limit = max((row["max_rows_ratio"] for row in fitting), default=1.0)
     if rows / site.tokens > limit:
         return f"exact: measured slower at {rows}/{site.tokens} rows and width {width} on {device}"
     return None
