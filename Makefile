@@ -9,9 +9,6 @@ ONE := $(if $(NOTEBOOK),--notebook $(NOTEBOOK))
 CHECK := import sys; v = sys.version_info[:2]; (3, 11) <= v < (3, 14) or sys.exit( \
   "leanvit needs Python 3.11, 3.12 or 3.13, this is %d.%d; name another one: make PYTHON=python3.12 ..." % v)
 
-# threads that spin while they wait are ruinous where cores are shared
-export OMP_WAIT_POLICY ?= PASSIVE
-
 .DEFAULT_GOAL := help
 .PHONY: help setup reproduce test lint unit smoke nbval lab report gpu
 

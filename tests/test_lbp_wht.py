@@ -4,8 +4,10 @@ The oracle is a dense matrix built here from the definition of the bases and of 
 """
 
 import copy
+import json
 import math
 import warnings
+from pathlib import Path
 
 import pytest
 import timm
@@ -19,6 +21,12 @@ from leanvit.lbp_wht import LBPConv2d, LBPLinear, Setting
 
 ALIGNED = [(8, 8), (16, 8), (24, 16)]
 PADDED = [(7, 7), (14, 14), (12, 20), (49, 49)]
+
+
+@pytest.fixture(autouse=True)
+def no_measured_table(monkeypatch):
+    """Which layers stay exact must not depend on the machine that measured the table in the package."""
+    monkeypatch.setattr(lbp_wht, "_slower_table", list)
 
 
 def double(*shape, requires_grad=False):
@@ -471,6 +479,30 @@ def test_22_the_dispatcher_picks_exact_where_nothing_is_saved():
     assert "exact: 49 bases make 50 rows of 50 tokens" in report.skipped["blocks.0.mlp.fc1"]
     lbp_wht.detach(model)  # pairs of attach and detach work even where every layer stayed exact
     assert len(lbp_wht.attach(model, "LP_L1-10", exact_when="never").matched) == 4
+
+
+def test_22_the_dispatcher_obeys_the_measured_table(monkeypatch):
+    table = [
+        {"device": "cpu", "min_width": 0, "max_rows_ratio": 0.1},
+        {"device": "cpu", "min_width": 200, "max_rows_ratio": 0.9},
+        {"device": "cuda", "min_width": 0, "max_rows_ratio": 1.0},
+    ]
+    monkeypatch.setattr(lbp_wht, "_slower_table", lambda: table)
+    narrow, wide = (
+        timm.create_model("vit_tiny_patch16_224", img_size=112, depth=1, embed_dim=e, num_heads=3) for e in (96, 240)
+    )
+    report = lbp_wht.attach(narrow, "LP_L1-4")
+    assert not report.matched
+    assert report.skipped["blocks.0.mlp.fc1"] == "exact: measured slower at 11/50 rows and width 96 on cpu"
+    assert len(lbp_wht.attach(wide, "LP_L1-4").matched) == 4
+
+
+def test_22_the_table_in_the_package_is_one():
+    rows = json.loads((Path(lbp_wht.__file__).parent / "assets" / "lbp_exact_is_faster.json").read_text())["rows"]
+    assert {"cpu"} <= {row["device"] for row in rows}
+    for device in {row["device"] for row in rows}:
+        ours = sorted((row["min_width"], row["max_rows_ratio"]) for row in rows if row["device"] == device)
+        assert ours[0][0] == 0 and all(0 <= ratio <= 1 for _, ratio in ours)
 
 
 # 23. checkpoints, attach and detach

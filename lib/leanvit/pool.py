@@ -156,7 +156,6 @@ def _environment(job: Job, threads: int) -> dict[str, str]:
         "LEANVIT_PARAMS": job.params_file,
         "LEANVIT_OVERRIDES": json.dumps(job.overrides),
         "OMP_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait are ruinous on shared cores
         "TQDM_DISABLE": "1",
         "PYTHONHASHSEED": "0",
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",

@@ -149,41 +149,42 @@ def _bands(
     return bands
 
 
+@functools.lru_cache(maxsize=256)
+def _whole(
+    h: int,
+    w: int,
+    prefix: int,
+    bases: tuple[int, ...],
+    order: int,
+    reflect: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """The projection with its prefix rows as one matrix `(prefix + P*R, prefix + h*w)`."""
+    matrix = dense_matrix(h, w, list(bases), order, reflect)
+    return torch.block_diag(torch.eye(prefix, dtype=matrix.dtype), matrix).to(device, dtype)
+
+
+# Products with a fresh output run as one batched call, parallel over the images. `out=` on a slice would not: there
+# each image becomes a call of its own, with all threads meeting at its end.
+
+
 def _project_torch(x: Tensor, h: int, w: int, prefix: int, bases: list[int], order: int, reflect: bool) -> Tensor:
     bands = _bands(h, w, tuple(bases), order, reflect, x.dtype, x.device)
-    if len(bands) == 1 and prefix == 0:
-        first, end, matrix = bands[0]
-        return torch.matmul(matrix, x[:, first:end])
-    out = x.new_empty(x.shape[0], rows(h, w, prefix, len(bases) // 2, order), x.shape[2])
-    out[:, :prefix] = x[:, :prefix]
-    start = prefix
-    for first, end, matrix in bands:
-        stop = start + matrix.shape[0]
-        batch = matrix.expand(x.shape[0], *matrix.shape)
-        torch.bmm(batch, x[:, prefix + first : prefix + end], out=out[:, start:stop])
-        start = stop
-    return out
+    parts = [torch.matmul(matrix, x[:, prefix + first : prefix + end]) for first, end, matrix in bands]
+    return torch.cat([x[:, :prefix], *parts], dim=1) if prefix or len(parts) > 1 else parts[0]
 
 
 def _expand_torch(z: Tensor, h: int, w: int, prefix: int, bases: list[int], order: int, reflect: bool) -> Tensor:
     bands = _bands(h, w, tuple(bases), order, reflect, z.dtype, z.device)
-    if len(bands) == 1 and prefix == 0 and bands[0][1] - bands[0][0] == h * w:
-        return torch.matmul(bands[0][2].mT, z)
-    # zero-padded bands tile the grid; mirrored ones overlap, and a band may leave tokens untouched
-    tiled = [token for first, end, _ in bands for token in (first, end)]
-    whole = tiled[0] == 0 and tiled[-1] == h * w and tiled[1:-1:2] == tiled[2:-1:2]
-    new = z.new_empty if whole else z.new_zeros
-    out = new(z.shape[0], prefix + h * w, z.shape[2])
+    if len(bands) <= 2:  # the zeros of one matrix cost less than putting two parts together
+        return torch.matmul(_whole(h, w, prefix, tuple(bases), order, reflect, z.dtype, z.device).mT, z)
+    out = z.new_zeros(z.shape[0], prefix + h * w, z.shape[2])
     out[:, :prefix] = z[:, :prefix]
     start = prefix
     for first, end, matrix in bands:
         stop = start + matrix.shape[0]
-        batch = matrix.mT.expand(z.shape[0], *matrix.mT.shape)
-        place = out[:, prefix + first : prefix + end]
-        if whole:
-            torch.bmm(batch, z[:, start:stop], out=place)
-        else:
-            place += torch.bmm(batch, z[:, start:stop])
+        out[:, prefix + first : prefix + end] += torch.matmul(matrix.mT, z[:, start:stop])  # mirrored bands overlap
         start = stop
     return out
 
