@@ -112,7 +112,7 @@ def draw() -> None:
         ax.set(title=title, xlabel="backward pass, MFLOPs an image")
     axes[0].set_ylabel("digits right, % (mean ± std over seeds)")
     plots.legend_beside(fig, axes)
-    fig.suptitle("Fewer FLOPs at the same accuracy: up and left is better", fontsize=11)
+    fig.suptitle("Accuracy over the FLOPs of the backward pass: up and left is better", fontsize=11)
     (ROOT / "docs").mkdir(exist_ok=True)
     fig.savefig(ROOT / "docs" / "accuracy_over_flops.png", dpi=110)
 
