@@ -176,8 +176,11 @@ def build(dtype, bases: tuple[int, ...], order: int, source: Path = cuda.SOURCE,
     """Compile walsh.cu for this machine's CPU: a library, or a program where flags say so."""
     if shutil.which("g++") is None:
         pytest.skip("no g++ to compile the host shim with")
-    if dtype != torch.float32 and not cuda.include_dirs():
+    headers = [Path(include) for include in cuda.include_dirs()]
+    if dtype != torch.float32 and not headers:
         pytest.skip("no cuda_fp16.h and cuda_bf16.h: nvidia-cuda-runtime is not installed")
+    if dtype != torch.float32 and not any((i / sub / "nv" / "target").exists() for i in headers for sub in ("", "cccl")):
+        pytest.skip("cuda_fp16.h needs nv/target: nvidia-cuda-cccl is not installed")
     folder = Path(tempfile.mkdtemp(prefix="walsh-shim-", dir=scratch()))
     options = list(cuda.options(dtype, bases, order))
     for include in cuda.include_dirs():
