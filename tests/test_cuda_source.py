@@ -179,7 +179,7 @@ def build(dtype, bases: tuple[int, ...], order: int, source: Path = cuda.SOURCE,
     headers = [Path(include) for include in cuda.include_dirs()]
     if dtype != torch.float32 and not headers:
         pytest.skip("no cuda_fp16.h and cuda_bf16.h: nvidia-cuda-runtime is not installed")
-    if dtype != torch.float32 and not any((i / sub / "nv" / "target").exists() for i in headers for sub in ("", "cccl")):
+    if dtype != torch.float32 and not any((i / sub / "nv/target").exists() for i in headers for sub in ("", "cccl")):
         pytest.skip("cuda_fp16.h needs nv/target: nvidia-cuda-cccl is not installed")
     folder = Path(tempfile.mkdtemp(prefix="walsh-shim-", dir=scratch()))
     options = list(cuda.options(dtype, bases, order))
