@@ -471,7 +471,9 @@ def attach(
         try:
             return tuple(parse_bases(spec, order, measured))
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None if name and measured is not None else error
+            if name is None:
+                raise
+            raise ValueError(f"{name}: {error}") from error
 
     def listed(spec: str | Iterable[Basis]) -> str | list[Basis]:
         """An iterator can be read but once."""

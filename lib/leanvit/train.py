@@ -13,7 +13,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from hashlib import blake2b
@@ -239,6 +239,15 @@ def _accelerated(recipe: Recipe, model: nn.Module) -> Iterator[Accelerator]:
             AcceleratorState._reset_state()
 
 
+def _check_labels(model: nn.Module, labels: Sequence[int] | Tensor, whose: str) -> None:
+    labels = torch.as_tensor(labels)
+    classes, low, high = getattr(model, "num_classes", None), int(labels.min()), int(labels.max())
+    if classes and not 0 <= low <= high < classes:
+        raise ValueError(
+            f"fit: {whose} lie in {low}..{high}; the model's head has {classes} classes (0..{classes - 1})"
+        )
+
+
 def _check(model: nn.Module, dataset: Dataset, world: int, recipe: Recipe) -> tuple[int, int]:
     """Refuse what cannot be trained, and return (images a step, steps)."""
     if not any(p.requires_grad for p in model.parameters()):
@@ -251,14 +260,9 @@ def _check(model: nn.Module, dataset: Dataset, world: int, recipe: Recipe) -> tu
     batch = min(recipe.batch_size, len(dataset)) // part * part
     if batch == 0:
         raise ValueError(f"fit: {len(dataset)} images are fewer than the {part} of the smallest step")
-    classes, labels = getattr(model, "num_classes", None), getattr(dataset, "labels", None)
-    if classes and labels is not None and len(labels):
-        low, high = int(min(labels)), int(max(labels))
-        if low < 0 or high >= classes:
-            raise ValueError(
-                f"fit: the labels of {getattr(dataset, 'name', 'the training set')} lie in {low}..{high}; "
-                f"the model's head has {classes} classes (0..{classes - 1})"
-            )
+    labels = getattr(dataset, "labels", None)
+    if labels is not None and len(labels):
+        _check_labels(model, labels, f"the labels of {getattr(dataset, 'name', 'the training set')}")
     steps = recipe.steps if recipe.steps is not None else max(1, round(recipe.epochs * len(dataset) / batch))
     return batch, steps
 
@@ -267,10 +271,8 @@ def _check_batch(model: nn.Module, images: Tensor, labels: Tensor) -> None:
     """Say in words what the first product, or the loss, would say in torch's."""
     if not images.is_floating_point():
         raise TypeError(f"fit: the images are {images.dtype}; floating-point ones are needed, see models.transforms")
-    classes = getattr(model, "num_classes", None)
-    if classes and not labels.is_floating_point() and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-        low, high = int(labels.min()), int(labels.max())
-        raise ValueError(f"fit: labels lie in {low}..{high}; the model's head has {classes} classes (0..{classes - 1})")
+    if not labels.is_floating_point():
+        _check_labels(model, labels, "labels")
 
 
 def _mixer(model: nn.Module, dataset: Dataset, recipe: Recipe) -> Mixup | None:
