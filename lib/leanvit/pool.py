@@ -160,7 +160,6 @@ def _environment(job: Job, threads: int) -> dict[str, str]:
         "PYTHONHASHSEED": "0",
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-        "PYTHONWARNINGS": "ignore:IProgress not found",  # tqdm's, about widgets that a rendered page could not show
     }
     # without MPLBACKEND the kernel's inline backend draws into the notebook
     return {name: value for name, value in os.environ.items() if name != "MPLBACKEND"} | ours
