@@ -1,54 +1,53 @@
-"""What the papers compare with: full fine-tuning, linear probing, BitFit (arXiv 2106.10199), LoRA (arXiv 2106.09685).
+"""What the papers compare with. Each function prepares a timm model in place, returns a Report; train.fit trains it.
 
-Each function prepares a timm model in place (adapters, `requires_grad`) and returns a Report; training is train.fit.
-The head is always trained. LoRA's A starts Kaiming-uniform (a = sqrt 5) and B at zero, so the model's output does not
-change at the start; the scale is alpha / rank.
+    full, linear_probe, top_blocks     standard fine-tuning: everything, the head, the last blocks and the head
+    bitfit                             every bias (arXiv 2106.10199)
+    lora, lora_qv                      low-rank updates (lora.py)
+    adapter, compacter                 bottlenecks behind the MLPs (adapters.py)
+    vera                               trained vectors around shared random matrices (arXiv 2310.11454), by PEFT
+    wise, l2_sp                        full fine-tuning that stays near the start (arXiv 2109.01903, 1802.01483)
+    lora_scrambled                     a demonstration of KAdaptation's released LoRA (lora.py)
 
-The LBP-WHT paper's two baselines (specification, section 5) are arguments of `lora`:
-
-    lora(model, rank=8, alpha=8, qkv_rank=24)                                         # "LoRA": attention only
-    lora(model, rank=8, alpha=8, qkv_rank=24, match=in_stage, keep=named_in_stage)    # "LoRA-all": every linear of the
-                                                                                      # scope, and its other parameters
-
-Their fused qkv has rank 24 under alpha 8, hence the scale 1/3. Divergence: their code applies no scale to adapted 1x1
-convolutions in the forward (the same thing at rank 8, alpha 8); here the scale always counts. Their SwinV2 reads
-qkv.weight itself, so that an adapter on qkv never ran; here the layer is made to run (`qkv_bias_separate`).
+LP-FT (arXiv 2202.10054) is `linear_probe`, a fit, then `full` and another fit. The head is always trained. `merge`
+folds adapters into stock layers where that can be, `detach` drops them.
 """
 
 import math
-from collections.abc import Callable
+import re
+import warnings
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from leanvit import qkv
+from leanvit.adapters import Adapter, Compacter, adapter, compacter
+from leanvit.lora import (
+    SEPARATED,
+    LoRA,
+    LowRank,
+    Scrambled,
+    attention_projections,
+    check_rank,
+    lora,
+    lora_qv,
+    lora_scrambled,
+)
 from leanvit.sites import join_qkv_bias, separate_qkv_bias
-from leanvit.surgery import Match, Report, count, freeze, head_modules, head_parameters, linears, replace
+from leanvit.surgery import Match, Report, count, freeze, head_parameters, need_head, refuse_adapted, replace
 
-# whole components of a module's name; timm's ViT, DeiT, Swin, EfficientFormer (V2), EVA, BEiT, LeViT
-ATTENTION = {"attn", "attention", "self_attn", "token_mixer"}
-PROJECTIONS = {"qkv", "q", "k", "v", "kv", "proj", "q_proj", "k_proj", "v_proj", "out_proj"}
-TALKING_HEADS = {"talking_head1", "talking_head2"}
+__all__ = [
+    "LoRA", "adapter", "attention_projections", "bitfit", "compacter", "detach", "full", "l2_sp", "linear_probe",
+    "lora", "lora_qv", "lora_scrambled", "merge", "top_blocks", "vera", "wise",
+]  # fmt: skip
+
 BIASES = {"bias", "q_bias", "k_bias", "v_bias"}
-
-
-def attention_projections(name: str, module: nn.Module) -> bool:
-    """True for the linear layers of an attention: q, k, v (or fused qkv), proj, and talking heads."""
-    parts = name.split(".")
-    inside = next((parts[i + 1 :] for i, p in enumerate(parts) if p in ATTENTION), [])
-    return bool(inside) and inside[0] in PROJECTIONS | TALKING_HEADS
 
 
 def _trained_modules(model: nn.Module) -> list[str]:
     """Names of the modules that own a trainable parameter."""
     return [n for n, m in model.named_modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
-
-
-def _need_head(model: nn.Module, method: str) -> set[str]:
-    head = head_parameters(model)
-    if not head:
-        raise ValueError(f"{method}: {type(model).__name__} has no classifier head (was it made with num_classes=0?)")
-    return head
 
 
 def full(model: nn.Module) -> Report:
@@ -59,9 +58,30 @@ def full(model: nn.Module) -> Report:
 
 def linear_probe(model: nn.Module) -> Report:
     """Train the head alone. Raises `ValueError` for a model without one."""
-    head = _need_head(model, "linear_probe")
+    head = need_head(model, "linear_probe")
     freeze(model, keep=head.__contains__)
     return Report("linear_probe", _trained_modules(model), {}, *count(model))
+
+
+def top_blocks(model: nn.Module, n: int, *, norm: bool = False) -> Report:
+    """Train the last `n` blocks and the head; with `norm` the final norm too (`norm`, `fc_norm`).
+
+    Block expansion's row "Top-3" is n=3 (its released code lacks the mode; this is the natural reading of the table,
+    and three blocks stacked on top would have the same count).
+
+    Raises `ValueError` for a model without a head or a flat list of blocks, or an `n` outside of 1 .. their number.
+    """
+    check_rank("top_blocks", n=n)
+    head, blocks = need_head(model, "top_blocks"), getattr(model, "blocks", None)
+    if not isinstance(blocks, (nn.Sequential, nn.ModuleList)):
+        raise ValueError(f"top_blocks: {type(model).__name__} has no flat list `blocks`; a plain ViT is needed")
+    if n > len(blocks):
+        raise ValueError(f"top_blocks: n={n} is more than the {len(blocks)} blocks of this {type(model).__name__}")
+    kept = tuple(f"blocks.{i}." for i in range(len(blocks) - n, len(blocks)))
+    if norm:  # a CLIP tower's projection may stand in the place of fc_norm (head.few_shot_head)
+        kept += tuple(f"{m}." for m in ("norm", "fc_norm") if not isinstance(getattr(model, m, None), nn.Linear))
+    freeze(model, keep=lambda name: name in head or name.startswith(kept))
+    return Report("top_blocks", _trained_modules(model), {}, *count(model))
 
 
 def bitfit(model: nn.Module) -> Report:
@@ -74,100 +94,165 @@ def bitfit(model: nn.Module) -> Report:
     return Report("bitfit", _trained_modules(model), {}, *count(model))
 
 
-class LoRA(nn.Module):
-    """`base(x) + (alpha / rank) * B A x` around an `nn.Linear` (any subclass) or a plain 1x1 `nn.Conv2d`.
-
-    The base is called as a module and its weight is not read, so a layer with a backward of its own (LBP-WHT) stays
-    what it is. `lora_A (rank, in)`, `lora_B (out, rank)` for a linear layer and a convolution alike.
-    """
-
-    def __init__(self, base: nn.Module, rank: int, alpha: float):
-        super().__init__()
-        conv = isinstance(base, nn.Conv2d)
-        inputs, outputs = (base.in_channels, base.out_channels) if conv else (base.in_features, base.out_features)
-        like = {"dtype": base.weight.dtype, "device": base.weight.device}
-        self.base = base
-        self.rank, self.scale = rank, alpha / rank
-        self.lora_A = nn.Parameter(torch.empty(rank, inputs, **like))
-        self.lora_B = nn.Parameter(torch.zeros(outputs, rank, **like))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        a, b = self.lora_A, self.lora_B
-        if isinstance(self.base, nn.Conv2d):
-            return self.base(x) + F.conv2d(F.conv2d(x, a[:, :, None, None]) * self.scale, b[:, :, None, None])
-        return self.base(x) + F.linear(F.linear(x, a) * self.scale, b)  # the scale where it is cheap: on the rank
-
-    def extra_repr(self) -> str:
-        return f"rank={self.rank}, scale={self.scale:.4g}"
-
-    @torch.no_grad()
-    def merged(self) -> nn.Module:
-        """The base with the adapter added to its weight (the sum in float32 at least)."""
-        weight = self.base.weight
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        delta = self.scale * self.lora_B.to(wide) @ self.lora_A.to(wide)
-        weight.copy_(weight.to(wide) + delta.reshape(weight.shape))
-        return self.base
+# ---- VeRA ----------------------------------------------------------------------------------------------------------
 
 
-def lora(
-    model: nn.Module,
-    rank: int = 8,
-    alpha: float | None = None,
-    match: Match | None = None,
-    qkv_rank: int | None = None,
-    keep: Callable[[str], bool] | None = None,
+def vera(
+    model: nn.Module, rank: int = 256, *, d_initial: float = 0.1, seed: int = 0, match: Match | None = None
 ) -> Report:
-    """Put LoRA around linear layers, in place, and train the adapters and the head only.
+    """Put PEFT's VeRA on the layers of queries and values, in place; train its two vectors a layer and the head.
 
-    Args:
-        rank: of every adapter; `alpha`: the scale is alpha / rank of the layer (default: alpha = rank).
-        match: `match(name, module) -> bool` among the linear layers outside of the head; default
-            `attention_projections`.
-        qkv_rank: the rank of layers named qkv (fused), e.g. 3 * rank.
-        keep: `keep(name) -> bool`: further parameters to train, by their name before the adapters came (norms, biases,
-            LayerScale, ...). The weight of an adapted layer stays frozen.
+    y = W x + b * (B (d * (A x))) with A, B random, frozen and shared by all layers. At the start d (rank,) is
+    `d_initial` and b is 0, so that the output does not change. PEFT knows no part of a layer: a fused qkv is adapted
+    whole, keys included, with rank + 3 D parameters a block.
 
-    Raises `ValueError` when nothing matches, when LoRA is there already, or for a rank below 1.
+    A and B are not stored: they come from `seed`, which stands in the parameters' names (`vera_lambda_b.seed0`), so
+    that loading into a model attached with another seed fails. `match` chooses among the layers.
+
+    Raises `ValueError` as `lora_qv`.
     """
-    alpha = rank if alpha is None else alpha
-    for name, value in (("rank", rank), ("qkv_rank", rank if qkv_rank is None else qkv_rank)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"lora: {name}={value!r} must be a whole number of at least 1")
-    if any(isinstance(m, LoRA) for m in model.modules()):
-        raise ValueError("lora: this model has LoRA already; merge(model) or detach(model) first")
-    heads = head_modules(model)
-    candidates = [(n, m) for n, m in linears(model) if not any(n == h or n.startswith(h + ".") for h in heads)]
-    found = [(n, m) for n, m in candidates if (match or attention_projections)(n, m)]
+    check_rank("vera", rank=rank)
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"vera: seed={seed!r} must be a whole number of at least 0")
+    refuse_adapted(model, "vera")
+    head = need_head(model, "vera")
+    layers = list(dict.fromkeys(rows.layer for rows in qkv.find(model)))
+    found = [n for n in layers if match is None or match(n, model.get_submodule(n))]
     if not found:
-        some = ", ".join(n for n, _ in candidates[:4])
-        raise ValueError(f"lora: no layer matches in {type(model).__name__}; its linear layers are {some or 'none'}, …")
-    head, weights = head_parameters(model), {f"{n}.weight" for n, _ in found}
-    freeze(model, keep=lambda n: n in head or (keep is not None and n not in weights and keep(n)))
-    separated = separate_qkv_bias(model, lambda n, m: n in dict(found))  # timm would read qkv.weight past the adapter
-    note = "qkv biases are added apart from the layer (qkv_bias_separate), so that qkv is called"
-    for name, module in found:
-        is_qkv = qkv_rank is not None and "qkv" in name.split(".")
-        replace(model, name, LoRA(module, qkv_rank if is_qkv else rank, alpha))
-    skipped = {n: "not matched" for n, _ in candidates if n not in dict(found)}
-    return Report("lora", [n for n, _ in found], skipped, *count(model), [note] if separated else [])
+        raise ValueError(f"vera: no attention with linear queries and values matches in {type(model).__name__}")
+    import peft  # on first use: it imports transformers
+
+    trained = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Specified to not save vera_A and vera_B")  # on purpose, see above
+            config = peft.VeraConfig(
+                r=rank, d_initial=d_initial, projection_prng_key=seed, save_projection=False,
+                target_modules="|".join(re.escape(n) for n in found),
+            )  # fmt: skip
+            peft.VeraModel(model, config, f"seed{seed}")  # replaces the layers in place; the tuner is not needed later
+    except Exception:
+        for name, module in [(n, m) for n, m in model.named_modules() if _is_vera(m)]:
+            replace(model, name, module.get_base_layer())
+        for parameter, flag in trained:
+            parameter.requires_grad_(flag)
+        raise
+    del model.peft_config
+    for name in found:
+        layer = model.get_submodule(name)
+        layer.train(layer.get_base_layer().training)
+    freeze(model, keep=lambda n: n in head or ".vera_lambda_" in n)
+    notes = [SEPARATED] if separate_qkv_bias(model, lambda n, m: n in found) else []
+    if any(n.endswith("qkv") for n in found):
+        notes.append("PEFT adapts a fused qkv as one layer: the keys are adapted too")
+    skipped = {n: "not matched" for n in layers if n not in found}
+    return Report("vera", found, skipped, *count(model), notes)
 
 
-def _restore(model: nn.Module, stock: Callable[[LoRA], nn.Module], method: str) -> None:
-    wrapped = [(n, m) for n, m in model.named_modules() if isinstance(m, LoRA)]
-    if not wrapped:
-        raise ValueError(f"{method}: LoRA is not attached to this {type(model).__name__}")
-    for name, module in wrapped:
-        replace(model, name, stock(module))
-    join_qkv_bias(model)
+def _is_vera(module: nn.Module) -> bool:
+    return hasattr(module, "vera_lambda_b")
+
+
+def _merged_vera(layer: nn.Module) -> nn.Module:
+    base, (name,) = layer.get_base_layer(), layer.vera_lambda_b
+    wide = torch.promote_types(base.weight.dtype, torch.float32)
+    base.weight.copy_(base.weight.to(wide) + layer.get_delta_weight(name).to(wide))
+    return base
+
+
+# ---- back to stock layers ------------------------------------------------------------------------------------------
+
+
+def _attached(model: nn.Module, method: str) -> list[tuple[str, nn.Module]]:
+    """The layers with an adapter of this file, by name."""
+    found = [(n, m) for n, m in model.named_modules() if isinstance(m, (LoRA, Adapter, Compacter)) or _is_vera(m)]
+    found += qkv.shifted(model, LowRank)
+    if not found:
+        raise ValueError(f"{method}: none of LoRA, Adapter, Compacter, VeRA is attached to this {type(model).__name__}")
+    return found
 
 
 def merge(model: nn.Module) -> None:
-    """Add the adapters to the weights; only the layers that LoRA found are left, with the same outputs."""
-    _restore(model, LoRA.merged, "merge")
+    """Add LoRA or VeRA to the weights; only the layers that they found are left, with the same outputs.
+
+    Raises `ValueError` where no weight can hold the adapter (Adapter, Compacter, `lora_scrambled`), or without one.
+    """
+    found = _attached(model, "merge")
+    for name, module in found:
+        if isinstance(module, (Adapter, Compacter)):
+            what = f"{type(module).__name__} ({name}) cannot be folded into a weight: {module.reason}"
+            raise ValueError(f"merge: {what}. Keep it, or detach(model)")
+        if any(isinstance(delta, Scrambled) for delta in module.children()):
+            raise ValueError(f"merge: the scrambled LoRA ({name}) mixes tokens and images, which no weight of it does")
+    with torch.no_grad():
+        for name, module in found:
+            replace(model, name, _merged_vera(module) if _is_vera(module) else module.merged())
+    join_qkv_bias(model)
 
 
 def detach(model: nn.Module) -> None:
-    """Drop the adapters: the layers that LoRA found, bit for bit. What may be trained stays as it is."""
-    _restore(model, lambda wrapper: wrapper.base, "detach")
+    """Drop the adapters: the layers that they found, bit for bit. What may be trained stays as it is."""
+    for name, module in _attached(model, "detach"):
+        replace(model, name, module.get_base_layer() if _is_vera(module) else module.base)
+    join_qkv_bias(model)
+
+
+# ---- staying near the start ----------------------------------------------------------------------------------------
+
+
+def wise(model: nn.Module, before: Mapping[str, Tensor], alpha: float) -> None:
+    """WiSE-FT: set every weight and buffer outside of the head to `(1 - alpha) * before + alpha * now`, in place.
+
+    `before` is the state dict of the same model before its fine-tuning (the head may be missing or another); alpha 0
+    is the old backbone, 1 the fine-tuned one, both bit for bit. The head stays as it was trained. To look at several
+    alphas, start each from a copy of the fine-tuned model.
+
+    Raises `ValueError` for an alpha outside of [0, 1], or a tensor that `before` lacks or has in another shape; the
+    model is then unchanged.
+    """
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
+        raise ValueError(f"wise: alpha={alpha!r} must lie in [0, 1]")
+    head = head_parameters(model)
+    pairs = []
+    stored = model.state_dict().keys()
+    for name, now in [*model.named_parameters(), *model.named_buffers()]:  # a shared tensor comes once
+        if name in head or name not in stored or not now.is_floating_point():
+            continue
+        if name not in before:
+            raise ValueError(f"wise: the state dict from before the training has no tensor {name}")
+        if before[name].shape != now.shape:
+            shapes = f"{tuple(before[name].shape)} before the training and {tuple(now.shape)} now"
+            raise ValueError(f"wise: {name} has shape {shapes}")
+        pairs.append((before[name], now))
+    with torch.no_grad():
+        for old, now in pairs:
+            wide = torch.promote_types(now.dtype, torch.float32)
+            now.copy_(torch.lerp(old.to(now.device, wide), now.to(wide), alpha))
+
+
+def l2_sp(model: nn.Module, alpha: float) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
+    """L2-SP: a loss for `train.fit`, cross-entropy + (alpha / 2) * sum of (w - w0)^2.
+
+    w runs over the trained parameters outside of the head, w0 are their values now: call it after `full` and before
+    `fit`. The head, which has no start to stay near, is left out; the recipe's weight decay pulls everything towards
+    zero and should be 0. One copy of the trained weights is kept.
+
+    Raises `ValueError` for an alpha below 0, or when nothing outside of the head is trained.
+    """
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha < math.inf:
+        raise ValueError(f"l2_sp: alpha={alpha!r} must be a number of at least 0")
+    head = head_parameters(model)
+    trained = [p for n, p in model.named_parameters() if p.requires_grad and n not in head]
+    if not trained:
+        raise ValueError("l2_sp: no parameter outside of the head is trained; call full(model) first")
+    start = [p.detach().clone() for p in trained]
+
+    def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        value = F.cross_entropy(model(images).float(), labels)
+        for i, (now, was) in enumerate(zip(trained, start, strict=True)):
+            if was.device != now.device:  # fit moves the model
+                start[i] = was = was.to(now.device)
+            value = value + alpha / 2 * (now.float() - was.float()).square().sum()
+        return value
+
+    return loss

@@ -107,3 +107,24 @@ def head_parameters(model: nn.Module) -> set[str]:
     """Full names of the classifier's parameters."""
     heads = head_modules(model)
     return {n for n, _ in model.named_parameters() if any(n == h or n.startswith(h + ".") for h in heads)}
+
+
+def need_head(model: nn.Module, method: str) -> set[str]:
+    """`head_parameters`, or a `ValueError` for a model that has none."""
+    head = head_parameters(model)
+    if not head:
+        raise ValueError(f"{method}: {type(model).__name__} has no classifier head (was it made with num_classes=0?)")
+    return head
+
+
+# the first letters of a component of the names that an adapter trains
+ADAPTERS = {"lora_": "LoRA", "kad_": "KAdaptation", "adapter_": "Adapter", "compacter_": "Compacter", "vera_": "VeRA"}
+
+
+def refuse_adapted(model: nn.Module, method: str) -> None:
+    """Raise `ValueError` when an adapter (told by its parameters' names) is attached: a second would freeze it."""
+    for name, _ in model.named_parameters():
+        for component in name.split("."):
+            there = next((title for prefix, title in ADAPTERS.items() if component.startswith(prefix)), None)
+            if there:
+                raise ValueError(f"{method}: this model has {there} already ({name}); merge or detach it first")

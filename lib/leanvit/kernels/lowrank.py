@@ -1,0 +1,183 @@
+"""`y[..., rows] += (x P) Q^T + b` on some rows of a layer's output, and sums of Kronecker products in that form.
+
+    add(y, x, [(P_q, Q_q), (P_v, Q_v)], [b, b], [0, 2 * d])
+
+is one torch op (`torch.ops.leanvit.lowrank_add`, with autograd, a fake kernel and a FLOP formula) for all rows of a
+layer: one product `z = x [P_q | P_v]`, one product for each range of rows that is added where it belongs, and a copy of
+`y` for the rest, which stays what it is, bit for bit. It saves `x`, which other layers share, and the narrow `z`.
+
+A sum of n Kronecker products `H = sum_i A_i (x) B_i` (KAdaptation, arXiv 2203.16329), with `A_i = s_i t_i^T` of rank rA
+and `B_i = u_i v_i^T` of rank r, is such a pair, `H = P Q^T` with inner size `n rA r` (`factors`). For A_i of full rank
+that inner size would be n^2 r; `kronecker_apply` takes three products instead, and neither builds the matrix H.
+
+There is no CUDA source of our own: on the GPU the op is cuBLAS products, the second one accumulating in place, until a
+kernel has been measured that beats them.
+"""
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+# --- the op ----------------------------------------------------------------------------------------------------------
+
+torch.library.define(
+    "leanvit::lowrank_add", "(Tensor y, Tensor x, Tensor p, Tensor[] q, Tensor[] bias, int[] first) -> (Tensor, Tensor)"
+)
+
+
+def _check(y: Tensor, x: Tensor, p: Tensor, q: list[Tensor], bias: list[Tensor], first: list[int]) -> None:
+    if not y.is_floating_point() or any(t.dtype != y.dtype for t in (x, p, *q, *bias)):
+        kinds = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in (y, x, p, *q, *bias)}))
+        raise TypeError(f"lowrank_add: one floating-point dtype is needed, got {kinds}")
+    if y.dim() < 1 or x.shape[:-1] != y.shape[:-1] or p.dim() != 2 or x.shape[-1] != p.shape[0]:
+        raise ValueError(
+            f"lowrank_add: y (..., out), x (..., in) and p (in, rank) do not fit: "
+            f"{tuple(y.shape)}, {tuple(x.shape)}, {tuple(p.shape)}"
+        )
+    if len(first) != len(q) or len(bias) not in (0, len(q)) or sum(t.shape[1] for t in q) != p.shape[1]:
+        raise ValueError(
+            f"lowrank_add: {len(q)} q with {[t.shape[1] for t in q]} columns, {len(bias)} biases and {len(first)} "
+            f"first rows do not fit p with {p.shape[1]} columns"
+        )
+    end = 0
+    for start, width in sorted((f, t.shape[0]) for f, t in zip(first, q, strict=True)):
+        if start < end or start + width > y.shape[-1]:
+            raise ValueError(
+                f"lowrank_add: rows {start}..{start + width - 1} overlap others or leave the {y.shape[-1]} rows of y"
+            )
+        end = start + width
+    if any(b.shape != t.shape[:1] for b, t in zip(bias, q, strict=False)):
+        raise ValueError(f"lowrank_add: biases of {[tuple(b.shape) for b in bias]} do not fit the rows of q")
+
+
+@torch.library.impl("leanvit::lowrank_add", "default")
+def _add(y: Tensor, x: Tensor, p: Tensor, q: list[Tensor], bias: list[Tensor], first: list[int]):
+    _check(y, x, p, q, bias, first)
+    z = x.reshape(-1, x.shape[-1]) @ p
+    out = y.clone(memory_format=torch.contiguous_format)
+    flat, column = out.view(-1, y.shape[-1]), 0
+    for i, (start, weight) in enumerate(zip(first, q, strict=True)):
+        rows = flat[:, start : start + weight.shape[0]]
+        rows.addmm_(z[:, column : column + weight.shape[1]], weight.T)
+        if bias:
+            rows.add_(bias[i])
+        column += weight.shape[1]
+    return out, z
+
+
+@torch.library.register_fake("leanvit::lowrank_add")
+def _add_fake(y: Tensor, x: Tensor, p: Tensor, q: list[Tensor], bias: list[Tensor], first: list[int]):
+    _check(y, x, p, q, bias, first)
+    return y.new_empty(y.shape), x.new_empty(x.shape[:-1].numel(), p.shape[1])
+
+
+def _setup(ctx, inputs, output) -> None:
+    _, x, p, q, bias, ctx.first = inputs
+    ctx.save_for_backward(x, p, output[1], *q)
+    ctx.biases = len(bias)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, g: Tensor | None, g_z: Tensor | None):
+    x, p, z, *q = ctx.saved_tensors
+    need_y, need_x, need_p, need_q, need_bias = ctx.needs_input_grad[:5]
+    flat_x = x.reshape(-1, x.shape[-1])
+    g_q, g_bias = [None] * len(q), [None] * ctx.biases
+    if g is not None:
+        flat = g.reshape(-1, g.shape[-1])
+        parts = [flat[:, start : start + weight.shape[0]] for start, weight in zip(ctx.first, q, strict=True)]
+        through = torch.cat([part @ weight for part, weight in zip(parts, q, strict=True)], dim=1)
+        g_z = through if g_z is None else g_z + through
+        if any(need_q):
+            pieces = z.split([weight.shape[1] for weight in q], dim=1)
+            g_q = [part.T @ piece for part, piece in zip(parts, pieces, strict=True)]
+        if any(need_bias):
+            g_bias = [part.sum(0) for part in parts]
+    g_x = (g_z @ p.T).view(x.shape) if need_x and g_z is not None else None
+    g_p = flat_x.T @ g_z if need_p and g_z is not None else None
+    return g if need_y else None, g_x, g_p, g_q, g_bias, None
+
+
+torch.library.register_autograd("leanvit::lowrank_add", _backward, setup_context=_setup)
+
+
+@register_flop_formula(torch.ops.leanvit.lowrank_add)
+def _flops(y_shape, x_shape, p_shape, q_shapes, bias_shapes, first, *, out_shape=None, **kwargs) -> int:
+    tokens = 1
+    for size in x_shape[:-1]:
+        tokens *= size
+    return 2 * tokens * (p_shape[0] * p_shape[1] + sum(rows * rank for rows, rank in q_shapes))
+
+
+def add(
+    y: Tensor,
+    x: Tensor,
+    factors: list[tuple[Tensor, Tensor]],
+    bias: list[Tensor] | None,
+    first: list[int],
+) -> Tensor:
+    """`y` with `(x P_i) Q_i^T + b_i` added to its rows `first_i .. first_i + width_i - 1`; a new tensor.
+
+    Args:
+        y: `(..., out)`; its dtype is the one that is computed in, so under autocast it is the base layer's.
+        x: `(..., in)`. factors: for each range `P_i (in, rank_i)` and `Q_i (width_i, rank_i)`.
+        bias: for each range `(width_i,)`, or None. first: where each range begins; ranges do not overlap.
+
+    Raises:
+        ValueError: shapes or ranges that do not fit. TypeError: not a floating-point `y`.
+    """
+    kind = y.dtype
+    p = factors[0][0] if len(factors) == 1 else torch.cat([p for p, _ in factors], dim=1)
+    q, b = [q.to(kind) for _, q in factors], [b.to(kind) for b in bias or []]
+    return torch.ops.leanvit.lowrank_add(y, x.to(kind), p.to(kind), q, b, first)[0]
+
+
+def add_ref(y: Tensor, x: Tensor, factors: list[tuple[Tensor, Tensor]], bias: list[Tensor] | None, first: list[int]):
+    """Reference of `add`: the matrices `P_i Q_i^T` built and multiplied."""
+    out = y.clone()
+    for i, ((p, q), start) in enumerate(zip(factors, first, strict=True)):
+        rows = slice(start, start + q.shape[0])
+        out[..., rows] = out[..., rows] + x @ (p @ q.T) + (bias[i] if bias else 0)
+    return out
+
+
+# --- sums of Kronecker products --------------------------------------------------------------------------------------
+
+
+def kronecker_sum_ref(rules: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """`H = sum_i kron(A_i, u_i v_i^T)`, `(n b, n e)`, from `rules (n, a, c)`, `left (n, b, r)`, `right (n, e, r)`."""
+    return sum(torch.kron(a, u @ v.T) for a, u, v in zip(rules, left, right, strict=True))
+
+
+def kronecker_sum(rules: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """The same matrix by one product over i: `H[a k/n + b, c m/n + e] = sum_i A_i[a, c] B_i[b, e]`."""
+    n, a, c = rules.shape
+    inner = left @ right.mT
+    h = (rules.reshape(n, -1).T @ inner.reshape(n, -1)).view(a, c, *inner.shape[1:])
+    return h.transpose(1, 2).reshape(a * left.shape[1], c * right.shape[1])
+
+
+def factors(s: Tensor, t: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """`P (n b, n rA r)` and `Q (n e, n rA r)` with `P Q^T = sum_i (s_i t_i^T) (x) (u_i v_i^T)`.
+
+    `s, t (n, n, rA)`, `u (n, b, r)`, `v (n, e, r)`; `P[(a, b), (i, q, p)] = s_i[a, q] u_i[b, p]`, Q likewise.
+    """
+
+    def outer(one: Tensor, other: Tensor) -> Tensor:
+        product = one.permute(1, 0, 2)[:, None, :, :, None] * other.permute(1, 0, 2)[None, :, :, None, :]
+        return product.reshape(one.shape[1] * other.shape[1], -1)
+
+    return outer(s, u), outer(t, v)
+
+
+def kronecker_apply(x: Tensor, rules: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """`x H = sum_i A_i^T (X u_i) v_i^T` for `x (..., n b)` without H: three products, any A_i; `(..., n e)`.
+
+    `X` is `x` as `(n, b)`. The sum over i stays in front, so that no product has to copy its operands.
+    """
+    n, a, c = rules.shape
+    rank = left.shape[2]
+    t = left.mT.reshape(n * rank, -1) @ x.reshape(-1, left.shape[1]).T  # (i p, tokens a)
+    t = t.view(n, -1, a) @ rules  # (i, p tokens, c)
+    y = t.view(n * rank, -1).T @ right.mT.reshape(n * rank, -1)  # (tokens c, e)
+    return y.view(*x.shape[:-1], c * right.shape[1])

@@ -1,0 +1,149 @@
+"""Trained deltas on the query and value rows of an attention, with the keys left alone.
+
+timm computes queries, keys and values in one fused linear layer (rows [0, d), [d, 2d), [2d, 3d) of `attn.qkv`), or, in
+some EVA models, in three. `find` says where the rows are, `Shifted` adds deltas to them before the heads are split and
+before queries are scaled, `merge` folds the deltas into the stock layer and `detach` drops them.
+
+A delta is a module with `forward(x (..., inputs)) -> (..., width)`, `weight() -> (width, inputs)` and
+`bias() -> (width,) or None`; weight and bias are what it adds to the stock layer's rows. A delta that is low-rank just
+then may offer `factors() -> (P (inputs, rank), Q (width, rank)) or None`, with `weight() = Q P^T`: all deltas of a
+layer then run as one op (`kernels/lowrank.py`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from leanvit.kernels import lowrank
+from leanvit.sites import join_qkv_bias
+from leanvit.surgery import head_modules, replace
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the queries or values ("q" or "v") of one attention come from: rows of a linear layer."""
+
+    attention: str  # full name of the attention module
+    role: str
+    layer: str  # full name of the linear layer
+    first: int
+    width: int
+    inputs: int
+    heads: int
+
+
+def _place(attention: nn.Module, role: str) -> tuple[str, int, int] | None:
+    """`(layer, first row, rows)` of a role in an attention, or None where no rows of a linear layer are its own."""
+    fused, split = getattr(attention, "qkv", None), getattr(attention, f"{role}_proj", None)
+    # EfficientFormer and TinyViT (key_dim) and MaxViT (head_first) lay q, k and v out head by head; GCViT's global
+    # attention has no q of its own
+    other = hasattr(attention, "key_dim") or any(getattr(attention, a, False) for a in ("head_first", "use_global"))
+    if isinstance(fused, nn.Linear) and fused.out_features % 3 == 0 and not other:
+        width = fused.out_features // 3
+        return "qkv", "qkv".index(role) * width, width
+    return (f"{role}_proj", 0, split.out_features) if isinstance(split, nn.Linear) else None
+
+
+def find(model: nn.Module, roles: tuple[str, ...] = ("q", "v")) -> list[Rows]:
+    """The rows of every attention of a timm model, in the order of its modules (`[]` where there is none)."""
+    found, heads = [], head_modules(model)
+    for name, module in model.named_modules():
+        count = getattr(module, "num_heads", None)
+        if not isinstance(count, int) or any(name == h or name.startswith(h + ".") for h in heads):
+            continue
+        for role in roles:
+            place = _place(module, role)
+            if place is not None:
+                layer, first, width = place
+                full = f"{name}.{layer}" if name else layer
+                inputs = getattr(module, layer).in_features
+                found.append(Rows(name, role, full, first, width, inputs, count))
+    return found
+
+
+class Shifted(nn.Module):
+    """`base(x)` with deltas added to some of its output rows; the other rows are the base's, bit for bit.
+
+    `deltas` maps a role ("q", "v") to (first row, delta). The base is called as a module, so a layer with a backward
+    of its own (LBP-WHT) stays what it is.
+    """
+
+    def __init__(self, base: nn.Module, deltas: Mapping[str, tuple[int, nn.Module]]):
+        super().__init__()
+        self.base = base
+        self.first = {role: first for role, (first, _) in deltas.items()}
+        for role, (_, delta) in deltas.items():
+            self.add_module(role, delta)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        deltas = [getattr(self, role) for role in self.first]
+        factors = [delta.factors() if hasattr(delta, "factors") else None for delta in deltas]
+        if all(pair is not None for pair in factors):
+            bias = [b for b in (delta.bias() for delta in deltas) if b is not None]
+            return lowrank.add(y, x, factors, bias, list(self.first.values()))
+        for first, delta in zip(self.first.values(), deltas, strict=True):
+            shift = delta(x)
+            y[..., first : first + shift.shape[-1]] += shift
+        return y
+
+    @torch.no_grad()
+    def merged(self, biases: Mapping[str, Tensor] | None = None) -> nn.Module:
+        """The base with the deltas folded in (the sums in float32 at least).
+
+        `biases` are the attention's own ("q", "v") where the layer has none, as in BEiT and EVA. A layer without any
+        gets one.
+        """
+        for role, first in self.first.items():
+            delta = getattr(self, role)
+            weight, bias = delta.weight(), delta.bias()
+            rows = slice(first, first + len(weight))
+            _add_(self.base.weight[rows], weight)
+            if bias is not None and biases and biases.get(role) is not None:
+                _add_(biases[role], bias)
+            elif bias is not None:
+                if self.base.bias is None:
+                    zeros = torch.zeros_like(self.base.weight[:, 0])
+                    self.base.bias = nn.Parameter(zeros, requires_grad=self.base.weight.requires_grad)
+                _add_(self.base.bias[rows], bias)
+        return self.base
+
+
+def _add_(own: Tensor, more: Tensor) -> None:
+    wide = torch.promote_types(torch.promote_types(own.dtype, more.dtype), torch.float32)
+    own.copy_(own.to(wide) + more.to(wide))
+
+
+def shifted(model: nn.Module, kind: type[nn.Module]) -> list[tuple[str, Shifted]]:
+    """The layers whose deltas are of class `kind`."""
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, Shifted)]
+    return [(name, m) for name, m in layers if all(isinstance(getattr(m, role), kind) for role in m.first)]
+
+
+def merge(model: nn.Module, kind: type[nn.Module]) -> None:
+    """Fold the deltas of class `kind` into the stock layers, which take their places again."""
+    for name, layer in shifted(model, kind):
+        attention = model.get_submodule(name.rpartition(".")[0])
+        biases = {role: getattr(attention, f"{role}_bias", None) for role in layer.first}
+        replace(model, name, layer.merged(biases))
+    join_qkv_bias(model)
+
+
+def detach(model: nn.Module, kind: type[nn.Module]) -> None:
+    """Put the stock layers back as they were found, without the deltas of class `kind`."""
+    for name, layer in shifted(model, kind):
+        replace(model, name, layer.base)
+    join_qkv_bias(model)
+
+
+def scrambled(delta: Tensor, heads: int) -> Tensor:
+    """What the released KAdaptation and its LoRA add for `delta (B, N, C)` (KAdaptation's specification, 1.6c).
+
+    They hold the delta as (tokens, batch, C) and read that memory as (batch * heads, tokens, C / heads), without the
+    transpose that belongs there: tokens, heads and the images of a batch are mixed. In the order of `qkv`'s output.
+    """
+    images, tokens, width = delta.shape
+    memory = delta.transpose(0, 1).reshape(images, heads, tokens, width // heads)
+    return memory.transpose(1, 2).reshape(delta.shape)
