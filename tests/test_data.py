@@ -228,7 +228,7 @@ def test_default_root(tmp_path, monkeypatch):
         data.load("stanfordcars", "train")
     monkeypatch.delenv("LEANVIT_DATA")
     monkeypatch.chdir(tmp_path)
-    assert data._root(None) == tmp_path / "data"
+    assert data.default_root(None) == tmp_path / "data"
 
 
 # ---- folders and files ---------------------------------------------------------------------------------------------

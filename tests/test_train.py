@@ -1,3 +1,4 @@
+import copy
 import os
 import random
 import signal
@@ -14,7 +15,7 @@ from timm.models import VisionTransformer
 from torch import nn
 from torch.utils.data import Dataset
 
-from leanvit import checkpoint, surgery
+from leanvit import checkpoint, evaluate, surgery
 from leanvit.train import CheckpointError, Recipe, TrainingDiverged, _Order, _Stream, fit, learning_rate
 
 HERE = Path(__file__).parent
@@ -81,7 +82,10 @@ def distributed_child(folder: str) -> None:
     """One of two processes."""
     model = tiny()
     history = fit(model, Images(), SHARED, test_set=Images(30), checkpoint_dir=folder + "/steps", checkpoint_every_s=0)
-    torch.save((model.state_dict(), history), f"{folder}/rank{os.environ['RANK']}.pt")
+    seen = []
+    scored = {"test_set": Images(7), "metric": lambda logits, labels: seen.append((logits, labels)) or 0.5}
+    fit(copy.deepcopy(model), Images(), Recipe(batch_size=12, lr=1e-9, steps=1), **scored)
+    torch.save((model.state_dict(), history, seen), f"{folder}/rank{os.environ['RANK']}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -168,6 +172,128 @@ def test_schedule_equals_torch():
             part.step()
     floor = Recipe(batch_size=1, lr=0.3, steps=50, min_lr_ratio=0.1)
     assert learning_rate(floor, 50, 50) == pytest.approx(0.03)
+
+
+def test_t14_warmup_cosine():
+    recipe = Recipe(batch_size=1, lr=0.05, steps=10000, warmup_steps=500, schedule="warmup_cosine")
+    for step, part in ((0, 0.0), (10, 0.02), (250, 0.5), (500, 1.0), (5250, 0.5), (10000, 0.0)):
+        assert learning_rate(recipe, step, 10000) == pytest.approx(0.05 * part, abs=1e-12)
+    floor = Recipe(batch_size=1, lr=0.05, steps=10, schedule="warmup_cosine", min_lr_ratio=0.2)
+    assert learning_rate(floor, 0, 10) == 0.05 and learning_rate(floor, 10, 10) == pytest.approx(0.01)
+    short = Recipe(batch_size=1, lr=0.05, steps=4, warmup_steps=8, schedule="warmup_cosine")
+    assert [learning_rate(short, step, 4) for step in range(4)] == pytest.approx([0, 0.05 / 8, 0.1 / 8, 0.15 / 8])
+
+
+def test_constant_schedule():
+    recipe = Recipe(batch_size=1, lr=0.1, steps=9, schedule="constant")
+    assert {learning_rate(recipe, step, 9) for step in range(10)} == {0.1}
+    warmed = Recipe(batch_size=1, lr=0.1, steps=9, schedule="constant", warmup_steps=2, warmup_ratio=0.5)
+    assert [learning_rate(warmed, step, 9) for step in range(4)] == pytest.approx([0.05, 0.075, 0.1, 0.1])
+
+
+def test_sgd_equals_a_plain_loop():
+    recipe = Recipe(
+        batch_size=12, lr=0.05, steps=6, optimizer="sgd", momentum=0.8, weight_decay=0.01, schedule="warmup_cosine",
+        warmup_steps=2,
+    )  # fmt: skip
+    data, ours, plain = Images(), tiny(), tiny()
+    fit(ours, data, recipe, progress=False)
+    momentum = [torch.zeros_like(p) for p in plain.parameters()]
+    for step, keys in enumerate(_Order(len(data), 12, 0, 6, recipe.seed)):
+        index = [i for _, i in keys]
+        plain.zero_grad()
+        F.cross_entropy(plain(data.images[index]), data.labels[index]).backward()
+        with torch.no_grad():
+            for p, v in zip(plain.parameters(), momentum, strict=True):
+                v.mul_(0.8).add_(p.grad + 0.01 * p)
+                p.sub_(learning_rate(recipe, step, 6) * v)
+    for (name, p), q in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_frozen_parameters_never_reach_the_optimizer(monkeypatch):
+    given = []
+    for name in ("SGD", "AdamW"):
+        make = getattr(torch.optim, name)
+        monkeypatch.setattr(torch.optim, name, lambda p, make=make, **k: given.append(p) or make(p, **k))
+    for kind in ("sgd", "adamw"):
+        model = tiny()
+        surgery.freeze(model, keep=lambda name: name.startswith("head."))
+        frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+        fit(model, Images(), Recipe(batch_size=12, lr=0.1, steps=2, optimizer=kind, weight_decay=0.5), progress=False)
+        assert {id(p) for p in given.pop()} == {id(p) for p in model.head.parameters()}
+        assert all(torch.equal(dict(model.named_parameters())[n], p) for n, p in frozen.items())
+
+
+def test_t14_train_mode_at_every_step_also_after_an_evaluation():
+    model, seen = tiny(0.1).eval(), []
+
+    def loss(m, images, labels):
+        seen.append(all(module.training for module in m.modules()))
+        return soft_loss(m, images, labels)
+
+    fit(model, Images(), Recipe(batch_size=24, lr=1e-3, epochs=3), test_set=Images(6), loss=loss, progress=False)
+    assert seen == [True] * 6 and not model.training
+
+
+def test_several_test_sets_and_a_metric():
+    calls = []
+
+    def metric(logits, labels):
+        calls.append((tuple(logits.shape), labels.tolist()))
+        return 0.25
+
+    recipe, sets = Recipe(batch_size=12, lr=1e-2, epochs=2), {"val": Images(6), "test": Batched(9)}
+    one, two = tiny(), tiny()
+    single = fit(one, Images(), recipe, test_set=sets["test"], progress=False)
+    several = fit(two, Images(), recipe, test_set=sets, progress=False)
+    assert equal(one, two)
+    assert [e["accuracies"]["test"] for e in several.epochs] == [e["accuracy"] for e in single.epochs]
+    assert all(list(e["accuracies"]) == ["val", "test"] and "accuracy" not in e for e in several.epochs)
+    history = fit(tiny(), Images(), recipe, test_set=Batched(9), metric=metric, eval_every=9, progress=False)
+    assert calls == [((9, 3), [0, 1, 2] * 3)] and history.epochs[-1]["accuracy"] == 0.25
+
+
+class Several(Images):
+    """Each image has the class of the rule and, when bright, the last one too."""
+
+    def __init__(self, size: int = 48):
+        super().__init__(size)
+        self.several = F.one_hot(self.labels, 3).float()
+        self.several[:, 2] = (self.labels > 0).float()
+        self.labels = self.several
+
+    def __getitem__(self, i):
+        return self.images[i], self.several[i]
+
+
+def test_labels_of_several_classes_are_trained_by_binary_cross_entropy():
+    model, plain, data = tiny(), tiny(), Several()
+    recipe = Recipe(batch_size=12, lr=1e-2, epochs=5, seed=1)
+    fit(plain, data, recipe, loss=lambda m, x, y: F.binary_cross_entropy_with_logits(m(x), y), progress=False)
+    map11 = evaluate.METRICS["map11"]
+    history = fit(model, data, recipe, test_set=Several(30), metric=map11, progress=False)
+    assert equal(model, plain) and history.epochs[-1]["accuracy"] > 0.9
+    with pytest.raises(ValueError, match="accuracy is for one class an image; for several give metric="):
+        fit(tiny(), data, recipe, test_set=data, progress=False)
+    for change in ({"label_smoothing": 0.1}, {"mixup": 0.5}):
+        with pytest.raises(ValueError, match="one class an image; these labels are floating-point"):
+            fit(tiny(), data, Recipe(batch_size=12, lr=1e-2, epochs=1, **change), progress=False)
+    data.several = torch.cat([data.several, data.several], dim=1)
+    with pytest.raises(ValueError, match=r"labels are floating-point, \(12, 6\) in 0..1; several .* \(B, 3\) in 0..1"):
+        fit(tiny(), data, recipe, progress=False)
+
+
+def test_nan_logits_of_the_test_set_are_no_accuracy():
+    class Broken(Images):
+        def __getitem__(self, i):
+            image, label = super().__getitem__(i)
+            return image * (float("nan") if i == 4 else 1), label
+
+    for metric in (None, evaluate.METRICS["mean_per_class"]):
+        with pytest.raises(TrainingDiverged, match="after step 4 of 4: the logits of 1 of 6 test images are NaN"):
+            recipe = Recipe(batch_size=12, lr=1e-3, epochs=1)
+            fit(tiny(), Images(), recipe, test_set=Broken(6), metric=metric, progress=False)
 
 
 def test_only_trainable_parameters_move_and_modes_return():
@@ -283,6 +409,9 @@ def test_another_training_is_refused(tmp_path):
     deeper = VisionTransformer(img_size=8, patch_size=4, embed_dim=16, depth=3, num_heads=2, num_classes=3)
     with pytest.raises(CheckpointError, match=r"parameter blocks.2.norm1.weight is absent there"):
         fit(deeper, Images(), recipe, checkpoint_dir=tmp_path, progress=False)
+    other = Recipe(batch_size=12, lr=1e-3, steps=2, optimizer="sgd", schedule="constant")
+    with pytest.raises(CheckpointError, match="optimizer is adamw there and sgd here; schedule is cosine there"):
+        fit(tiny(), Images(), other, checkpoint_dir=tmp_path, progress=False)
     with pytest.raises(CheckpointError, match="images is 48 there and 24 here"):
         fit(tiny(), Images(24), recipe, checkpoint_dir=tmp_path, progress=False)
     (checkpoint.newest(tmp_path) / "optimizer.bin").write_bytes(b"cut")
@@ -318,9 +447,10 @@ def test_poisoned_weights_are_never_saved(tmp_path):
     assert checkpoint.newest(tmp_path).name == "step_00000002"
 
 
-def test_ctrl_c_saves_then_raises(tmp_path):
+@pytest.mark.parametrize("change", [{}, {"optimizer": "sgd", "lr": 0.1, "schedule": "constant"}])
+def test_ctrl_c_saves_then_raises(change, tmp_path):
     whole, model, calls = tiny(0.2), tiny(0.2), []
-    recipe = Recipe(batch_size=12, lr=1e-3, steps=6)
+    recipe = Recipe(**{"batch_size": 12, "lr": 1e-3, "steps": 6} | change)
 
     def loss(m, images, labels):
         calls.append(1)
@@ -383,7 +513,9 @@ def test_two_processes_average_their_gradients(children):
     for rank in "01":
         _, errors = children[rank][1].communicate(timeout=100)
         assert children[rank][1].returncode == 0, errors
-    (first, history), (second, other) = (torch.load(folder / f"rank{r}.pt", weights_only=False) for r in "01")
+    (first, history, seen), (second, other, seen2) = (
+        torch.load(folder / f"rank{r}.pt", weights_only=False) for r in "01"
+    )
     alone = tiny()
     expected = fit(alone, Images(), SHARED, test_set=Images(30), progress=False)
     assert first.keys() == second.keys() == alone.state_dict().keys()
@@ -393,6 +525,9 @@ def test_two_processes_average_their_gradients(children):
     for ours, theirs in zip(history.epochs, expected.epochs, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
     assert history.epochs == other.epochs and not (folder / "steps").exists()
+    logits, labels = evaluate.predict(alone, Images(7))  # a metric is given all of them, in the set's order
+    assert torch.equal(seen[0][0], seen2[0][0]) and torch.equal(seen[0][1], labels)
+    torch.testing.assert_close(seen[0][0], logits, rtol=1e-3, atol=1e-4)
 
 
 def test_batches_are_fetched_in_one_call():
@@ -415,6 +550,10 @@ def test_batches_are_fetched_in_one_call():
         ({"precision": "fp8"}, "precision='fp8' is none of no, bf16, fp16"),
         ({"mixup": 0.5, "batch_size": 3}, "batch_size=3 must be even"),
         ({"label_smoothing": 1.0}, "label_smoothing=1.0 must be below 1"),
+        ({"optimizer": "lion"}, "optimizer='lion' is none of adamw, sgd"),
+        ({"schedule": "step"}, "schedule='step' is none of cosine, warmup_cosine, constant"),
+        ({"momentum": 1.0}, "momentum=1.0 must be below 1"),
+        ({"schedule": "constant", "min_lr_ratio": 0.1}, "a constant schedule has no min_lr_ratio; got 0.1"),
     ],
 )
 def test_bad_recipes(change, message):
@@ -434,6 +573,8 @@ def test_bad_input():
     data.labels = data.labels + 1
     with pytest.raises(ValueError, match=r"labels of rule lie in 1..3; the model's head has 3 classes"):
         fit(tiny(), data, recipe)
+    with pytest.raises(ValueError, match="the test set val is empty"):
+        fit(tiny(), Images(), recipe, test_set={"val": Images(0)})
     with pytest.raises(ValueError, match="eval_every=0"):
         fit(tiny(), Images(), recipe, eval_every=0)
     if not torch.cuda.is_available():

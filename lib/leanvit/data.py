@@ -6,6 +6,8 @@
 
 Published splits are kept where there are any. EuroSAT, SUN397 and Caltech101 have none in torchvision: there, and for
 a plain folder of classes, one image in five of every class is for testing, by a choice that never changes.
+
+VOC 2007 is read as classification with several classes an image: those of its objects that are not marked difficult.
 """
 
 import difflib
@@ -18,6 +20,7 @@ import urllib.error
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import torch
@@ -50,14 +53,22 @@ _TORCHVISION: dict[str, tuple[str, list[dict]]] = {
     "country211": ("Country211", [{"split": "train"}, {"split": "test"}]),
     "renderedsst2": ("RenderedSST2", [{"split": "train"}, {"split": "test"}]),
     "imagenet": ("ImageNet", [{"split": "train"}, {"split": "val"}]),
+    "fer2013": ("FER2013", [{"split": "train"}, {"split": "test"}]),
+    "voc2007": ("VOCDetection", [{"year": "2007", "image_set": k} for k in ("train", "test")]),
     "eurosat": ("EuroSAT", [{}]),
     "sun397": ("SUN397", [{}]),
     "caltech101": ("Caltech101", [{}]),
 }
+_FER_CLASSES = ["angry", "disgusted", "fearful", "happy", "sad", "surprised", "neutral"]
+_VOC_CLASSES = (
+    "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "
+    "sofa train tvmonitor"
+).split()
 NAMES = (*EMBEDDED, "fashion_mnist", "imagefolder", *_TORCHVISION)
 
 # What torchvision cannot fetch, and where it can be had.
 _BY_HAND = {
+    "fer2013": "get fer2013.csv of the Kaggle challenge on facial expression recognition into fer2013/ there",
     "stanfordcars": "torchvision can no longer download it (its server is gone); get images and devkit elsewhere and "
     "lay them out there as cars_train/, cars_test/, devkit/ and cars_test_annos_withlabels.mat, or sort the images "
     "into one folder per class and use imagefolder",
@@ -98,10 +109,11 @@ def load(
     elif key == "imagefolder":
         found = _imagefolder(root, split)
     else:
-        found = _torchvision(key, split, _root(root))
+        found = _torchvision(key, split, default_root(root))
     found.transform = transform
     if limit is not None and limit < len(found):
-        found = subset(found, balanced(found.labels, limit, seed))
+        # several classes an image cannot be balanced: then any of them
+        found = subset(found, balanced(torch.zeros(len(found)) if found.several else found.labels, limit, seed))
     return found
 
 
@@ -121,7 +133,8 @@ def _cut(labels: torch.Tensor, split: str) -> torch.Tensor:
     return torch.nonzero(mask if split == "test" else ~mask).flatten()
 
 
-def _root(root: str | Path | None) -> Path:
+def default_root(root: str | Path | None) -> Path:
+    """The folder that holds the sets: `root`, else `$LEANVIT_DATA`, else data/ in the repository."""
     if root is not None or "LEANVIT_DATA" in os.environ:
         return Path(root if root is not None else os.environ["LEANVIT_DATA"]).expanduser()
     here = Path.cwd()
@@ -159,7 +172,7 @@ def _read_idx(path: Path) -> torch.Tensor:
 
 def _fashion_mnist(split: str, root: str | Path | None) -> ImageSet:
     prefix = {"train": "train", "test": "t10k"}[split]
-    base = _root(root)
+    base = default_root(root)
     files = [f"{prefix}-images-idx3-ubyte.gz", f"{prefix}-labels-idx1-ubyte.gz"]
     folders = [base, base / "FashionMNIST" / "raw", *([DEBIAN_FASHION] if root is None else [])]
     folder = next((f for f in folders if all((f / name).is_file() for name in files)), None)
@@ -277,6 +290,13 @@ def _contents(name: str, found) -> tuple[torch.Tensor | list, torch.Tensor, list
         with h5py.File(found._base_folder / found._FILES[found._split]["targets"][0]) as file:
             labels = torch.from_numpy(file["y"][:].reshape(-1).astype(np.int64))
         return [lambda i=i: found[i][0] for i in range(len(found))], labels, ["no tumour", "tumour"]
+    if name == "fer2013":
+        pictures, labels = zip(*found._samples, strict=True)
+        if None in labels:
+            raise DataError("fer2013: test.csv holds no labels; fer2013.csv or icml_face_data.csv is needed")
+        return torch.stack(pictures)[:, None], torch.tensor(labels), _FER_CLASSES
+    if name == "voc2007":
+        return [Path(p) for p in found.images], _voc_labels(found.annotations), _VOC_CLASSES
     if name == "caltech101":
         base = Path(found.root) / "101_ObjectCategories"
         files = [base / found.categories[y] / f"image_{k:04d}.jpg" for y, k in zip(found.y, found.index, strict=True)]
@@ -297,3 +317,13 @@ def _contents(name: str, found) -> tuple[torch.Tensor | list, torch.Tensor, list
     labels = torch.tensor([y for _, y in pairs])
     classes = getattr(found, "classes", None) or [str(c) for c in range(int(labels.max()) + 1)]
     return [p for p, _ in pairs], labels, [c[0] if isinstance(c, tuple) else c for c in classes]
+
+
+def _voc_labels(annotations: list[str]) -> torch.Tensor:
+    """Zeros and ones (N, 20): the classes of the objects of an image that are not marked difficult."""
+    labels = torch.zeros(len(annotations), len(_VOC_CLASSES))
+    for row, path in zip(labels, annotations, strict=True):
+        for thing in ElementTree.parse(path).iter("object"):
+            if thing.findtext("difficult", "0") == "0":
+                row[_VOC_CLASSES.index(thing.findtext("name"))] = 1
+    return labels

@@ -1,6 +1,11 @@
-"""What a model says about a data set: predictions, accuracy, mean per class, the confusion matrix."""
+"""What a model says about a data set: predictions, and the metrics of ELEVATER (arXiv 2204.08790).
 
-from collections.abc import Iterator, Sequence
+Metrics by name are in `METRICS`, each `f(logits (N, classes), labels) -> float` in [0, 1]; labels are whole numbers
+`(N,)`, for map11 zeros and ones `(N, classes)`. A NaN among the scores is an error, never a number.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -84,7 +89,22 @@ def predict(
 
 def accuracy(model: nn.Module, dataset: Dataset, batch_size: int = 256, *, workers: int = 0) -> float:
     """Part of the images whose largest logit is the label's, in [0, 1]."""
-    logits, labels = predict(model, dataset, batch_size, workers=workers)
+    return top1(*predict(model, dataset, batch_size, workers=workers))
+
+
+def _no_nan(scores: Tensor, what: str) -> None:
+    if (nan := int(scores.isnan().sum())) > 0:
+        raise ValueError(f"{what}: {nan} of {scores.numel()} scores are NaN")
+
+
+def top1(logits: Tensor, labels: Tensor) -> float:
+    """Part of the rows whose largest logit is the label's, in [0, 1]."""
+    if logits.ndim != 2 or labels.shape != logits.shape[:1] or len(labels) == 0:
+        raise ValueError(
+            f"accuracy: logits (N, classes) and labels (N,) belong together, N > 0; got {tuple(logits.shape)} and "
+            f"{tuple(labels.shape)}"
+        )
+    _no_nan(logits, "accuracy")
     return (logits.argmax(1) == labels).double().mean().item()
 
 
@@ -98,6 +118,7 @@ def confusion(logits: Tensor, labels: Tensor) -> Tensor:
     classes = logits.shape[1]
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise ValueError(f"confusion: labels lie in {int(labels.min())}..{int(labels.max())}, logits have {classes}")
+    _no_nan(logits, "confusion")
     return torch.bincount(labels * classes + logits.argmax(1), minlength=classes**2).reshape(classes, classes)
 
 
@@ -107,3 +128,97 @@ def mean_per_class(logits: Tensor, labels: Tensor) -> float:
     images = counts.sum(1)
     present = images > 0
     return (counts.diagonal()[present] / images[present]).mean().item()
+
+
+def _zeros_and_ones(labels: Tensor, what: str) -> Tensor:
+    if not ((labels == 0) | (labels == 1)).all():
+        raise ValueError(f"{what}: labels must be 0 or 1; they lie in {labels.min().item():g}..{labels.max().item():g}")
+    return labels.bool()
+
+
+def _average_precision_11(scores: Tensor, positive: Tensor) -> float:
+    """11-point interpolated average precision of one class; rows of equal score enter together."""
+    order = scores.argsort(descending=True)
+    scores, positive = scores[order], positive[order]
+    last = torch.ones(len(scores), dtype=torch.bool)  # of a run of equal scores
+    last[:-1] = scores[1:] != scores[:-1]
+    found, taken = positive.cumsum(0)[last], torch.arange(1, len(scores) + 1)[last]
+    precision = found.double() / taken
+    # recall >= r / 10 in whole numbers
+    return sum(precision[10 * found >= r * found[-1]].max().item() for r in range(11)) / 11
+
+
+def mean_average_precision(scores: Tensor, labels: Tensor) -> float:
+    """11-point interpolated mAP of `scores (N, C)` and `labels (N, C)` in {0, 1}: PASCAL VOC 2007's, in [0, 1].
+
+    Average precision is the mean over recall 0, 0.1, ..., 1 of the best precision at that recall or above; the mean is
+    over the classes that have a positive. Only the order of the rows within a class counts, so logits and their
+    sigmoids give the same number; softmax does not (`METRICS["map11_softmax"]`, what ELEVATER's code does).
+    """
+    if scores.ndim != 2 or scores.shape != labels.shape:
+        raise ValueError(
+            f"mean_average_precision: scores and labels are (N, C) both; got {tuple(scores.shape)} and "
+            f"{tuple(labels.shape)}"
+        )
+    _no_nan(scores, "mean_average_precision")
+    positive = _zeros_and_ones(labels, "mean_average_precision")
+    present = [c for c in range(scores.shape[1]) if positive[:, c].any()]
+    if not present:
+        raise ValueError("mean_average_precision: no class has a positive image")
+    return sum(_average_precision_11(scores[:, c], positive[:, c]) for c in present) / len(present)
+
+
+def roc_auc(scores: Tensor, labels: Tensor) -> float:
+    """Area under the ROC curve of `scores (N,)` for `labels (N,)` in {0, 1}: how often a positive outranks a negative.
+
+    Ties count half. Raises `ValueError` where the labels hold one class only: the area is then not defined.
+    """
+    if scores.ndim != 1 or scores.shape != labels.shape:
+        raise ValueError(
+            f"roc_auc: scores and labels are (N,) both; got {tuple(scores.shape)} and {tuple(labels.shape)}"
+        )
+    _no_nan(scores, "roc_auc")
+    positive = _zeros_and_ones(labels, "roc_auc")
+    ones = int(positive.sum())
+    zeros = len(positive) - ones
+    if not ones or not zeros:
+        raise ValueError(f"roc_auc: both classes are needed; got {ones} images of class 1 and {zeros} of class 0")
+    _, group, size = scores.unique(return_inverse=True, return_counts=True)
+    rank = (size.cumsum(0).double() - (size - 1) / 2)[group]  # from 1; the mean of a run of ties
+    return (rank[positive].sum().item() - ones * (ones + 1) / 2) / (ones * zeros)
+
+
+def _roc_auc_of_two(logits: Tensor, labels: Tensor) -> float:
+    """ROC AUC of softmax's class 1; the difference of the logits has the same order and does not saturate."""
+    if logits.ndim != 2 or logits.shape[1] != 2:
+        raise ValueError(f"roc_auc: two classes are needed; the logits are {tuple(logits.shape)}")
+    wide = logits.double()
+    return roc_auc(wide[:, 1] - wide[:, 0], labels)
+
+
+METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {
+    "accuracy": top1,
+    "mean_per_class": mean_per_class,
+    "map11": mean_average_precision,
+    "map11_softmax": lambda logits, labels: mean_average_precision(logits.softmax(1), labels),
+    "roc_auc": _roc_auc_of_two,
+}
+
+
+def metric(name: str) -> Callable[[Tensor, Tensor], float]:
+    """`METRICS[name]`; `ValueError` naming what there is for an unknown one."""
+    if name not in METRICS:
+        raise ValueError(f"unknown metric {name!r}: known are {', '.join(METRICS)}")
+    return METRICS[name]
+
+
+def pe(score: float, parameters: float, m0: float = 1e8) -> float:
+    """ELEVATER's parameter efficiency: `score * exp(-log10(parameters / m0 + 1))`.
+
+    `score` in [0, 1], `parameters` trained, the head included. Below a million parameters it is the score, nearly.
+    """
+    if not 0 <= score <= 1:
+        raise ValueError(f"pe: score={score} must lie in 0..1")
+    if not parameters >= 0 or not m0 > 0:
+        raise ValueError(f"pe: parameters={parameters} must be >= 0 and m0={m0} > 0")
+    return score * math.exp(-math.log10(parameters / m0 + 1))

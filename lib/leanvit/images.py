@@ -1,9 +1,11 @@
 """Labelled images: the set, a part of it, and reading an image file of any kind."""
 
 import hashlib
+import random
 import struct
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -30,15 +32,22 @@ class ImageSet(Dataset):
     functions that return a PIL image. `[i]` gives (image float32 (3, H, W), label int); without a transform the image
     is scaled to 0..1 and not normalised. A transform with the attribute `batched` (`models.transforms`) takes uint8
     tensors, whole batches of sets in memory at once; every other transform takes one RGB PIL image.
+
+    Labels are whole numbers (N,). Where an image has several classes, or none, they are zeros and ones (N, classes),
+    kept as float32, and `[i]` gives a row of them.
     """
 
     def __init__(self, name: str, classes: list[str], labels, images, sha256: str, transform: Callable | None = None):
         self.name, self.classes, self.sha256 = name, list(classes), sha256
         self.images, self.transform = images, transform
-        self.labels = torch.as_tensor(labels, dtype=torch.long)
+        labels = torch.as_tensor(labels)
+        self.labels = labels.to(torch.float32 if labels.ndim == 2 else torch.long)
         if len(self.labels) != len(images):
             raise DataError(f"{name}: {len(images)} images but {len(self.labels)} labels")
-        if len(self.labels) and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.classes):
+        if self.several:
+            if labels.shape[1] != len(self.classes) or not ((labels == 0) | (labels == 1)).all():
+                raise DataError(f"{name}: labels of several classes must be 0 or 1, (N, {len(self.classes)})")
+        elif len(self.labels) and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.classes):
             wrong = sorted({int(v) for v in self.labels if not 0 <= v < len(self.classes)})[:5]
             raise DataError(f"{name}: labels {wrong} lie outside 0..{len(self.classes) - 1}")
 
@@ -47,6 +56,11 @@ class ImageSet(Dataset):
 
     def __repr__(self) -> str:
         return f"ImageSet({self.name!r}, {len(self)} images, {len(self.classes)} classes)"
+
+    @property
+    def several(self) -> bool:
+        """May an image have several classes, or none?"""
+        return self.labels.ndim == 2
 
     @property
     def in_memory(self) -> bool:
@@ -63,10 +77,10 @@ class ImageSet(Dataset):
         i = range(len(self))[int(i)]  # negative indices; IndexError past the end
         if self.in_memory and (self.transform is None or getattr(self.transform, "batched", False)):
             images, labels = self.__getitems__([i])
-            return images[0], int(labels[0])
+            return images[0], labels[0] if self.several else int(labels[0])
         image = self.pil(i)
         image = pil_to_tensor(image).float().div(255) if self.transform is None else self.transform(image)
-        return image, int(self.labels[i])
+        return image, self.labels[i] if self.several else int(self.labels[i])
 
     def __getitems__(self, indices: list[int]):
         """A whole batch: (images (B, 3, H, W), labels (B,)) for sets in memory, else a list of pairs; see `collate`."""
@@ -100,14 +114,45 @@ def subset(dataset: ImageSet, indices: Sequence[int]) -> ImageSet:
 
 
 def few_shot(dataset: ImageSet, shots: int, seed: int) -> ImageSet:
-    """Exactly `shots` images of every class, chosen with `seed`. Raises `DataError` where a class has fewer."""
-    counts = torch.bincount(dataset.labels, minlength=len(dataset.classes))
-    short = [f"{dataset.classes[c]} ({int(n)})" for c, n in enumerate(counts) if n < shots]
+    """`shots` images of every class, as ELEVATER samples them: the set is shuffled with Python's `random.Random(seed)`
+    and walked through, and an image is kept while its class has fewer than `shots`; their order is kept.
+
+    Several classes an image: one is passed over when each of its classes has `shots`, and else kept when its rarest
+    class has at most half of `shots` or its commonest at most one and a half; up to `shots` images without a class are
+    kept; the walk ends when every class has `shots`. A class may then end with more than `shots`, and rarely with
+    fewer. Raises `DataError` where the whole set has fewer than `shots` of a class.
+    """
     if shots < 1:
         raise DataError(f"{shots} shots of {dataset.name}: it must be at least 1")
+    owned = classes_of(dataset)
+    available = Counter(label for labels in owned for label in labels)
+    short = [f"{name} ({available[c]})" for c, name in enumerate(dataset.classes) if available[c] < shots]
     if short:
         raise DataError(f"{shots} shots of {dataset.name}: too few images of {', '.join(short[:5])}")
-    return subset(dataset, balanced(dataset.labels, shots * len(dataset.classes), seed))
+    order = list(range(len(dataset)))
+    random.Random(seed).shuffle(order)
+    kept, without, counts = [], 0, [0] * len(dataset.classes)
+    for i in order:
+        have = [counts[c] for c in owned[i]]
+        if not have:
+            without += 1
+            keep = without <= shots
+        else:
+            keep = min(have) < shots and (2 * min(have) <= shots or 2 * max(have) <= 3 * shots)
+        if keep:
+            kept.append(i)
+            for c in owned[i]:
+                counts[c] += 1
+            if min(counts) >= shots:
+                break
+    return subset(dataset, kept)
+
+
+def classes_of(dataset: ImageSet) -> list[list[int]]:
+    """For every image the numbers of its classes: one, or any number where the set has several."""
+    if not dataset.several:
+        return [[label] for label in dataset.labels.tolist()]
+    return [[c for c, present in enumerate(row) if present] for row in dataset.labels.tolist()]
 
 
 def open_image(path: str | Path) -> Image.Image:

@@ -1,4 +1,4 @@
-"""The one training loop: AdamW, cosine schedule, mixed precision, several processes, resume (Hugging Face accelerate).
+"""The one training loop: AdamW or SGD, mixed precision, several processes, resume (Hugging Face accelerate).
 
 What makes a resumed run end in the same numbers, bit for bit on one CPU: the order of the samples depends on
 (seed, epoch), the augmentation of a sample on (seed, epoch, index), and everything random within a step (dropout,
@@ -13,7 +13,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from hashlib import blake2b
@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object
 from timm.data import Mixup
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -35,6 +36,9 @@ from leanvit.checkpoint import CheckpointError, TrainingDiverged
 from leanvit.evaluate import as_it_is, fetch, modes_restored, predict
 
 PRECISIONS = ("no", "bf16", "fp16")
+OPTIMIZERS = ("adamw", "sgd")
+SCHEDULES = ("cosine", "warmup_cosine", "constant")
+Metric = Callable[[Tensor, Tensor], float]
 
 __all__ = ["CheckpointError", "History", "Recipe", "TrainingDiverged", "fit", "learning_rate", "mix_seed"]
 
@@ -43,17 +47,22 @@ __all__ = ["CheckpointError", "History", "Recipe", "TrainingDiverged", "fit", "l
 class Recipe:
     """How to train. Exactly one of `epochs` and `steps`; `batch_size` is the images of one step, over all processes.
 
-    The learning rate is a cosine from `lr` to `min_lr_ratio * lr`, by step, multiplied during the first `warmup_steps`
-    by a line from `warmup_ratio` to 1. Weight decay acts on everything that is trained. `mixup` and `cutmix` are timm's
-    alphas (one draw a batch; 0 = off), `clip_norm` a bound of the global gradient norm, `precision` one of no, bf16,
-    fp16, and `workers` the processes that load images.
+    `schedule`, by step: "cosine" from `lr` to `min_lr_ratio * lr` over the whole training, or "constant", both
+    multiplied during the first `warmup_steps` by a line from `warmup_ratio` to 1; "warmup_cosine" is a line from 0 to
+    `lr` over `warmup_steps` and the cosine over what is left. `optimizer` is "adamw" or "sgd" (with `momentum`, no
+    Nesterov). Weight decay acts on everything that is trained. `mixup` and `cutmix` are timm's alphas (one draw a
+    batch; 0 = off), `clip_norm` a bound of the global gradient norm, `precision` one of no, bf16, fp16, and `workers`
+    the processes that load images.
     """
 
     batch_size: int
     lr: float
     epochs: float | None = None
     steps: int | None = None
+    optimizer: str = "adamw"
+    momentum: float = 0.9
     weight_decay: float = 0.0
+    schedule: str = "cosine"
     warmup_steps: int = 0
     warmup_ratio: float = 1e-3
     min_lr_ratio: float = 0.0
@@ -68,12 +77,14 @@ class Recipe:
     def __post_init__(self):
         if (self.epochs is None) == (self.steps is None):
             raise ValueError(f"Recipe: exactly one of epochs and steps; got epochs={self.epochs}, steps={self.steps}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"Recipe: precision={self.precision!r} is none of {', '.join(PRECISIONS)}")
+        words = {"precision": PRECISIONS, "optimizer": OPTIMIZERS, "schedule": SCHEDULES}
+        for name, known in words.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"Recipe: {name}={getattr(self, name)!r} is none of {', '.join(known)}")
         positive = {"batch_size", "lr", "epochs", "steps", "clip_norm"}
         for f in fields(self):
             value = getattr(self, f.name)
-            if value is None or f.name == "precision":
+            if value is None or f.name in words:
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise ValueError(f"Recipe: {f.name}={value!r} is not a finite number")
@@ -84,13 +95,18 @@ class Recipe:
                 raise ValueError(f"Recipe: {name}={getattr(self, name)} is not a whole number")
         if self.label_smoothing >= 1:
             raise ValueError(f"Recipe: label_smoothing={self.label_smoothing} must be below 1")
+        if self.momentum >= 1:
+            raise ValueError(f"Recipe: momentum={self.momentum} must be below 1")
+        if self.schedule == "constant" and self.min_lr_ratio:
+            raise ValueError(f"Recipe: a constant schedule has no min_lr_ratio; got {self.min_lr_ratio}")
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise ValueError(f"Recipe: mixup and cutmix mix pairs; batch_size={self.batch_size} must be even")
 
 
 @dataclass
 class History:
-    """What happened: one entry an epoch (epoch, step, loss, lr, accuracy where there is a test set), and the totals.
+    """What happened: one entry an epoch (epoch, step, loss, lr; with a test set also accuracy, with several of them
+    accuracies, by name), and the totals.
 
     `epoch` is the part of the data seen so far (2.0 = twice), `loss` the mean over the steps since the entry before,
     `seconds` the wall-clock time over all resumed parts, `images_per_s` of the training alone (no evaluation, no
@@ -105,12 +121,21 @@ class History:
 
 
 def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
-    """The learning rate of step `step` (from 0) of `steps`: cosine, multiplied by a linear warm-up."""
-    low = recipe.min_lr_ratio * recipe.lr
-    lr = low + (recipe.lr - low) * (1 + math.cos(math.pi * step / steps)) / 2
-    if step < recipe.warmup_steps:
-        lr *= recipe.warmup_ratio + (1 - recipe.warmup_ratio) * step / recipe.warmup_steps
+    """The learning rate of step `step` (from 0) of `steps`; see `Recipe` for the three schedules."""
+    warmup = recipe.warmup_steps
+    if recipe.schedule == "warmup_cosine":
+        if step < warmup:
+            return recipe.lr * step / warmup
+        return _half_cosine(recipe, step - warmup, max(1, steps - warmup))
+    lr = recipe.lr if recipe.schedule == "constant" else _half_cosine(recipe, step, steps)
+    if step < warmup:
+        lr *= recipe.warmup_ratio + (1 - recipe.warmup_ratio) * step / warmup
     return lr
+
+
+def _half_cosine(recipe: Recipe, step: int, steps: int) -> float:
+    low = recipe.min_lr_ratio * recipe.lr
+    return low + (recipe.lr - low) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 # ---- randomness ----------------------------------------------------------------------------------------------------
@@ -248,6 +273,18 @@ def _check_labels(model: nn.Module, labels: Sequence[int] | Tensor, whose: str) 
         )
 
 
+def _check_several(model: nn.Module, labels: Tensor, recipe: Recipe) -> None:
+    """Labels of several classes an image, as binary cross-entropy takes them."""
+    classes = getattr(model, "num_classes", None)
+    if labels.ndim != 2 or (classes and labels.shape[1] != classes) or not ((labels >= 0) & (labels <= 1)).all():
+        raise ValueError(
+            f"fit: labels are floating-point, {tuple(labels.shape)} in {labels.min():g}..{labels.max():g}; several "
+            f"classes an image are (B, {classes or 'classes'}) in 0..1, one class is a whole number (B,)"
+        )
+    if recipe.label_smoothing:
+        raise ValueError("fit: label_smoothing is for one class an image; these labels are floating-point, of several")
+
+
 def _check(model: nn.Module, dataset: Dataset, world: int, recipe: Recipe) -> tuple[int, int]:
     """Refuse what cannot be trained, and return (images a step, steps)."""
     if not any(p.requires_grad for p in model.parameters()):
@@ -261,18 +298,36 @@ def _check(model: nn.Module, dataset: Dataset, world: int, recipe: Recipe) -> tu
     if batch == 0:
         raise ValueError(f"fit: {len(dataset)} images are fewer than the {part} of the smallest step")
     labels = getattr(dataset, "labels", None)
-    if labels is not None and len(labels):
+    if labels is not None and len(labels) and not torch.as_tensor(labels).is_floating_point():
         _check_labels(model, labels, f"the labels of {getattr(dataset, 'name', 'the training set')}")
     steps = recipe.steps if recipe.steps is not None else max(1, round(recipe.epochs * len(dataset) / batch))
     return batch, steps
 
 
-def _check_batch(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+def _check_batch(model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe) -> None:
     """Say in words what the first product, or the loss, would say in torch's."""
     if not images.is_floating_point():
         raise TypeError(f"fit: the images are {images.dtype}; floating-point ones are needed, see models.transforms")
     if not labels.is_floating_point():
         _check_labels(model, labels, "labels")
+    elif recipe.mixup or recipe.cutmix:
+        raise ValueError("fit: mixup and cutmix are for one class an image; these labels are floating-point")
+
+
+def _test_sets(test_set: Dataset | Mapping[str, Dataset] | None, metric: Metric | None) -> dict[str, Dataset]:
+    """The test sets by name, a single one under ""; refused before the training where they cannot be evaluated."""
+    sets = dict(test_set) if isinstance(test_set, Mapping) else {} if test_set is None else {"": test_set}
+    for name, dataset in sets.items():
+        if len(dataset) == 0:
+            raise ValueError(f"fit: the test set {name or getattr(dataset, 'name', '')} is empty")
+        if metric is None and getattr(dataset, "labels", None) is not None:
+            _one_class(dataset.labels)
+    return sets
+
+
+def _one_class(labels: Sequence[int] | Tensor) -> None:
+    if torch.as_tensor(labels).ndim != 1:
+        raise ValueError("fit: accuracy is for one class an image; for several give metric=, see evaluate.METRICS")
 
 
 def _mixer(model: nn.Module, dataset: Dataset, recipe: Recipe) -> Mixup | None:
@@ -301,15 +356,29 @@ def _settle(accelerator: Accelerator, pending: list[Tensor], save: bool, stop: b
     return losses, save > 0, stop > 0
 
 
-def _accuracy(accelerator: Accelerator, model: nn.Module, dataset: Dataset, recipe: Recipe) -> float:
-    """Each process predicts its part; the counts are added up."""
+def _score(
+    accelerator: Accelerator, model: nn.Module, dataset: Dataset, recipe: Recipe, metric: Metric | None, told: str
+) -> float:
+    """Each process predicts its part. Accuracy adds the counts up; a metric is given all logits, in the set's order.
+
+    Raises `TrainingDiverged` beginning with `told` when a logit is NaN.
+    """
     mine = range(accelerator.process_index, len(dataset), accelerator.num_processes)
-    counts = torch.zeros(2, device=accelerator.device)
+    logits, labels = predict(model, dataset, indices=mine, workers=recipe.workers) if len(mine) else (None, None)
+    counts = torch.zeros(3, device=accelerator.device)
     if len(mine):
-        logits, labels = predict(model, dataset, indices=mine, workers=recipe.workers)
-        counts += torch.tensor([(logits.argmax(1) == labels).sum().item(), len(labels)], device=counts.device)
-    right, total = accelerator.reduce(counts, "sum").tolist()
-    return right / total
+        if metric is None:
+            _one_class(labels)
+        right = (logits.argmax(1) == labels).sum() if metric is None else 0
+        counts += torch.tensor([right, len(mine), logits.isnan().any(1).sum()], device=counts.device)
+    right, total, nan = accelerator.reduce(counts, "sum").tolist()
+    if nan:
+        raise checkpoint.diverged(f"{told}: the logits of {nan:.0f} of {total:.0f} test images are NaN", None)
+    if metric is None:
+        return right / total
+    parts = [part for part in gather_object([(mine, logits, labels)]) if len(part[0])]
+    order = torch.tensor([i for indices, _, _ in parts for i in indices]).argsort()
+    return float(metric(*(torch.cat([part[k] for part in parts])[order] for k in (1, 2))))
 
 
 def fit(
@@ -317,7 +386,8 @@ def fit(
     train_set: Dataset,
     recipe: Recipe,
     *,
-    test_set: Dataset | None = None,
+    test_set: Dataset | Mapping[str, Dataset] | None = None,
+    metric: Metric | None = None,
     checkpoint_dir: str | Path | None = None,
     checkpoint_every_s: float = 30.0,
     eval_every: int = 1,
@@ -330,8 +400,11 @@ def fit(
 
     `train_set[i]` is (image, label); a set with `__getitems__` is fetched by the batch. `loss(model, images, labels)`
     replaces cross-entropy (with mixup the labels are probabilities `(B, classes)`); it calls the model it is given.
+    Where the set's labels are floating-point `(B, classes)` in 0..1 (several classes an image), the loss is binary
+    cross-entropy with logits, meant over images and classes, and mixup and label smoothing are refused.
     The model moves to accelerate's device and stays there; its train and eval modes are restored. `norm_eval` keeps
-    BatchNorm in eval mode. `test_set` is evaluated every `eval_every` epochs and at the end.
+    BatchNorm in eval mode. `test_set`, one set or several by name, is evaluated every `eval_every` epochs and at the
+    end; `metric(logits (N, classes), labels) -> float` takes accuracy's place (under the same key of the history).
 
     With `checkpoint_dir` the state is saved every `checkpoint_every_s` seconds and at Ctrl-C, and a call with the same
     model, data and recipe goes on from it, to the same final numbers. At success the checkpoints are removed; with
@@ -344,6 +417,7 @@ def fit(
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
     if eval_every < 1:
         raise ValueError(f"fit: eval_every={eval_every} must be at least 1 epoch")
+    test_sets = _test_sets(test_set, metric)
     with ExitStack() as stack:
         accelerator = stack.enter_context(_accelerated(recipe, model))
         world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
@@ -360,7 +434,11 @@ def fit(
         mixer = _mixer(model, train_set, recipe)
         model.to(device)
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
+        settings = {"lr": recipe.lr, "weight_decay": recipe.weight_decay, "fused": True}
+        if recipe.optimizer == "sgd":
+            optimizer = torch.optim.SGD(trained, momentum=recipe.momentum, **settings)
+        else:
+            optimizer = torch.optim.AdamW(trained, **settings)
         prepared, optimizer = accelerator.prepare(model, optimizer)
 
         history, sums, before = History(), [0.0, 0], 0.0  # sums: of the losses since the last entry, and their number
@@ -390,7 +468,10 @@ def fit(
         with tqdm(total=steps, initial=start, unit="step", mininterval=0.5, leave=False, **shown) as bar:
             for step, (images, labels) in enumerate(loader, start + 1):  # steps count from 1
                 if step == start + 1:
-                    _check_batch(model, images, labels)
+                    _check_batch(model, images, labels, recipe)
+                    several = loss is None and labels.is_floating_point()
+                    if several:
+                        _check_several(model, labels, recipe)
                 images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
                 _seed(mix_seed(recipe.seed, "step", step, rank), device)
                 if mixer is not None:
@@ -401,6 +482,8 @@ def fit(
                 with accelerator.autocast():
                     if loss is not None:
                         value = loss(prepared, images, labels)
+                    elif several:
+                        value = F.binary_cross_entropy_with_logits(prepared(images).float(), labels.float())
                     else:
                         value = F.cross_entropy(prepared(images).float(), labels, label_smoothing=smoothing)
                 pending.append(value.detach().float())
@@ -428,8 +511,10 @@ def fit(
                     epoch = step * batch / len(train_set)
                     entry = {"epoch": epoch, "step": step, "loss": sums[0] / sums[1], "lr": lr}
                     sums = [0.0, 0]
-                    if test_set is not None and (int(epoch) % eval_every == 0 or step == steps):
-                        entry["accuracy"] = _accuracy(accelerator, model, test_set, recipe)
+                    if test_sets and (int(epoch) % eval_every == 0 or step == steps):
+                        ask = (recipe, metric, f"after step {step} of {steps}")
+                        scores = {k: _score(accelerator, model, v, *ask) for k, v in test_sets.items()}
+                        entry |= {"accuracy": scores[""]} if "" in scores else {"accuracies": scores}
                     history.epochs.append(entry)
                 if folder is not None and (save_now or stop_now or (keep and step == steps)):
                     save(step)
