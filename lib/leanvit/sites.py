@@ -75,7 +75,8 @@ class Site:
         return int(self.calls * (self.rows(rank, order) if rank else self.tokens) * self.in_features * itemsize)
 
 
-def _example(model: nn.Module, batch: int = 2) -> Tensor:
+def blank_images(model: nn.Module, batch: int = 2) -> Tensor:
+    """Images `(batch, C, H, W)` of zeros, of the size, dtype and device of the model's own."""
     config = getattr(model, "pretrained_cfg", None) or {}
     size = (
         getattr(getattr(model, "patch_embed", None), "img_size", None) or config.get("input_size", (3, 224, 224))[-2:]
@@ -137,7 +138,7 @@ def find_sites(
         raise ValueError(f"{type(model).__name__} keeps its tokens {SHUFFLED[type(model).__name__]}, not row by row")
     if grid is not None and (not isinstance(grid, tuple | list) or len(grid) != 2):
         raise ValueError(f"grid={grid!r} must be a pair (rows, columns)")
-    example = _example(model) if example is None else example
+    example = blank_images(model) if example is None else example
     if not isinstance(example, Tensor) or example.dim() != 4:
         what = tuple(example.shape) if isinstance(example, Tensor) else repr(example)
         raise ValueError(f"example must be a batch of images (B, 3, H, W), got {what}")
