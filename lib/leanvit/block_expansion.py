@@ -38,8 +38,8 @@ from leanvit.sites import blank_images
 from leanvit.surgery import Report
 
 # the layers that write into the residual stream, by their full name within a timm block: pre-norm blocks (in parallel
-# ones the layers stand in attns and ffns), ParallelScalingBlock
-WRITERS = re.compile(r"(attns\.\d+\.)?attn\.proj|(ffns\.\d+\.)?mlp\.fc2|(attn_|mlp_)?out_proj")
+# ones the layers stand in attns and ffns; factored by ComCAT the second factor writes), ParallelScalingBlock
+WRITERS = re.compile(r"(attns\.\d+\.)?attn\.proj|(ffns\.\d+\.)?mlp\.fc2(\.second)?|(attn_|mlp_)?out_proj")
 ADAPTERS = ("lora_", "kad_", "adapter_", "compacter_", "vera_")  # what other methods put into blocks is named so
 SMALL_SCALE = 1e-2  # LayerScale below this slows the first steps of the new blocks noticeably
 ATTACHED = "block_expansion"  # attribute of an expanded model

@@ -118,7 +118,14 @@ def need_head(model: nn.Module, method: str) -> set[str]:
 
 
 # the first letters of a component of the names that an adapter trains
-ADAPTERS = {"lora_": "LoRA", "kad_": "KAdaptation", "adapter_": "Adapter", "compacter_": "Compacter", "vera_": "VeRA"}
+ADAPTERS = {
+    "lora_": "LoRA",
+    "kad_": "KAdaptation",
+    "adapter_": "Adapter",
+    "compacter_": "Compacter",
+    "vera_": "VeRA",
+    "comcat_": "ComCAT's adapter",
+}
 
 
 def refuse_adapted(model: nn.Module, method: str) -> None:
