@@ -67,7 +67,10 @@ def tiles(
 
 
 def heatmap(ax: Axes, values, rows: Sequence, columns: Sequence, *, label: str | None, numbers: str = "", **imshow):
-    """A matrix with named rows and columns; `label` of the colour bar (None: no bar), `numbers` a format for cells."""
+    """A matrix with named rows and columns; `label` of the colour bar (None: no bar), `numbers` a format for cells.
+
+    A cell that is NaN reads "–".
+    """
     values = np.asarray(values, dtype=float)
     image = ax.imshow(values, aspect="auto", **imshow)
     ax.grid(False)
@@ -77,7 +80,8 @@ def heatmap(ax: Axes, values, rows: Sequence, columns: Sequence, *, label: str |
         dark = image.norm(values) < 0.55
         for (i, j), value in np.ndenumerate(values):
             ink = "white" if dark[i, j] else "black"
-            ax.text(j, i, format(value, numbers), ha="center", va="center", fontsize=7, color=ink)
+            text = "–" if np.isnan(value) else format(value, numbers)
+            ax.text(j, i, text, ha="center", va="center", fontsize=7, color=ink)
     if label is not None:
         ax.figure.colorbar(image, ax=ax, label=label)
     return image
