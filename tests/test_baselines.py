@@ -470,6 +470,26 @@ def test_lora_qv_on_other_families(name):
         assert torch.equal(model(x), stock(x)) and model.state_dict().keys() == stock.state_dict().keys()
 
 
+def test_a_file_of_another_alpha_does_not_load(tmp_path):
+    one, other, scrambled = vit(), vit(), vit()
+    lora_qv(one, rank=2, alpha=2)
+    path = leanvit.save(disturb(one), tmp_path / "lora.safetensors")
+    lora_qv(other, rank=2, alpha=16)
+    lora_scrambled(scrambled, rank=2, alpha=2)
+    for model, message in ((other, "'scale': 8.0} in the model"), (scrambled, "'Scrambled'")):
+        with pytest.raises(ValueError, match=f"settings of blocks.0.attn.qkv.q: .*{message}"):
+            leanvit.load(model, path)
+
+
+@pytest.mark.parametrize("method", ["compacter", "vera"])
+def test_lbp_wht_does_not_unfreeze_what_is_under_an_adapter(method):
+    model, _, _ = attached(method)
+    trained = trainable(model)
+    with pytest.raises(ValueError, match="scope 'last' would unfreeze the weights under blocks.0"):
+        lbp_wht.attach(model, bases="LP_L1-2", scope="last", example=images())
+    assert trainable(model) == trained
+
+
 def test_lora_qv_around_lbp_wht():
     torch.manual_seed(0)
     model = timm.models.VisionTransformer(img_size=64, patch_size=4, embed_dim=16, depth=1, num_heads=2, num_classes=3)
@@ -695,12 +715,15 @@ def test_bad_input():
         (lambda m: top_blocks(m, 0), "n=0 must be a whole number"),
         (lambda m: lora_qv(m, rank=0), "rank=0 must be"),
         (lambda m: lora_qv(m, alpha=0), "alpha=0 must be a number above 0"),
-        (lambda m: lora_qv(m, match=lambda n, m: "atn" in n), "its query and value layers are blocks.0.attn.qkv"),
+        (lambda m: lora_qv(m, match=lambda n, m: "atn" in n), "none of the query and value layers blocks.0.attn.qkv"),
         (lambda m: lora(m, alpha=float("nan")), "alpha=nan must be"),
         (lambda m: lora_scrambled(m, rank=1.5), "rank=1.5 must be"),
         (lambda m: vera(m, rank=0), "rank=0 must be"),
         (lambda m: vera(m, seed=-1), "seed=-1 must be"),
-        (lambda m: vera(m, match=lambda n, m: False), "no attention with linear queries and values matches"),
+        (lambda m: vera(m, match=lambda n, m: False), "match chose none of the query and value layers blocks.0"),
+        (lambda m: vera(m, d_initial=0), "d_initial=0 must be a finite number other than 0"),
+        (lambda m: vera(m, d_initial=float("nan")), "d_initial=nan must be"),
+        (lambda m: vera(m, d_initial="x"), "d_initial='x' must be"),
     ):
         model = vit()
         linear_probe(model)

@@ -1,6 +1,8 @@
 import copy
 import math
 
+import numpy as np
+import peft
 import pytest
 import timm
 import torch
@@ -17,7 +19,7 @@ from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTran
 from torch import nn
 
 import leanvit
-from leanvit import block_expansion, cost, lbp_wht, surgery
+from leanvit import baselines, block_expansion, cost, lbp_wht, surgery
 from leanvit.block_expansion import attach, bypass, count_formula, detach, new_index, old_index
 
 TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "num_heads": 2, "num_classes": 5}
@@ -191,6 +193,9 @@ def test_positions_and_index_maps():  # T3
                     assert torch.equal(parameter, torch.zeros_like(parameter) if zero else source[name])
     model = attached(vit(12), positions=[10])  # what the released p = 1 configurations do
     assert model.block_expansion.added == (11,) and new_index(model, 11) == 12 and old_index(model, 11) is None
+    for positions in ([10, 3], np.array([10, 3]), range(3, 11, 7)):
+        assert attached(vit(12), positions=positions).block_expansion.sources == (3, 10)
+    assert attached(vit(12), p=np.int64(2)).block_expansion.sources == (5, 11)
     with pytest.raises(ValueError, match=r"block 12 is outside 0\.\.11"):
         new_index(model, 12)
     with pytest.raises(ValueError, match=r"block 13 is outside 0\.\.12"):
@@ -330,6 +335,36 @@ def test_a_copy_and_a_move_keep_the_way_back():  # T8
         assert torch.equal(model.eval()(x), old.double()(x))
 
 
+def test_a_copy_of_the_bypassed_model_is_a_plain_one():  # T8
+    old, x = vit(6).eval(), images()
+    model = attached(old, p=2)
+    train(model, 2)
+    with bypass(model):
+        plain = copy.deepcopy(model)
+    for action in (detach, lambda m: new_index(m, 0)):
+        with pytest.raises(ValueError, match="not attached"):
+            action(plain)
+    assert block_expansion.base_hash(plain) == block_expansion.base_hash(old)
+    assert torch.equal(plain.eval()(x), old(x))
+    attach(plain, p=3)
+    assert torch.equal(plain(x), old(x)) and len(plain.blocks) == 9 and len(model.blocks) == 8
+
+
+def test_a_wrapper_is_not_taken_for_its_model():  # T8
+    old, x = vit(4).eval(), images()
+    model = attached(old, p=2)
+    train(model, 2)
+    compiled = torch.compile(model.eval(), backend="eager")
+    out = compiled(x)
+    wrapped = peft.get_peft_model(copy.deepcopy(model), peft.IA3Config(target_modules=["qkv"], feedforward_modules=[]))
+    for wrapper in (compiled, wrapped):
+        with pytest.raises(ValueError, match=f"not attached to this {type(wrapper).__name__}"), bypass(wrapper):
+            pass
+    with bypass(model):
+        assert torch.equal(compiled(x), old(x))
+    assert torch.equal(compiled(x), out) and not torch.equal(out, old(x))
+
+
 def test_save_and_load(tmp_path):  # T9
     base, x = vit(6).eval(), images()
     model = attached(base, p=3)
@@ -367,7 +402,7 @@ def test_a_file_for_another_base_is_refused(tmp_path):  # T9
         r"copies blocks \[1, 3, 5\]; this model has copies of \[2, 5\]": attached(base, p=2),
         "does not fit this model": headed,
         "no flat list of blocks": timm.create_model("swin_tiny_patch4_window7_224", embed_dim=8, depths=(1, 1)),
-        "carries adapters": _with_lora(copy.deepcopy(base)),
+        "has LoRA already": _with_lora(copy.deepcopy(base)),
     }
     for message, model in wrong.items():
         state, flags, modules = snapshot(model), trained(model), list(model.modules())[-1]
@@ -437,7 +472,9 @@ def test_models_that_cannot_be_expanded():
             self.attn.out, self.mlp.down = self.attn.proj, self.mlp.fc2
             del self.attn.proj, self.mlp.fc2
 
-    expanded, broken = attached(vit(12), p=2), vit(12)
+    expanded, broken, merged = attached(vit(12), p=2), vit(12), vit(12)
+    baselines.lora(merged, rank=2)
+    baselines.merge(merged)
     with torch.no_grad():
         broken.blocks[3].mlp.fc1.weight[0] = math.inf
     hiera = timm.create_model("hiera_tiny_224", embed_dim=8, num_heads=1, stages=(1, 1, 1, 1), img_size=32)
@@ -447,7 +484,12 @@ def test_models_that_cannot_be_expanded():
         "treats blocks by their index": vit(12, ByIndex),
         "writes into the residual stream beside attn.proj, mlp.fc2": vit(12, block_fn=Beside),
         "blocks.0 is a Unknown whose residual-writing layers": vit(12, block_fn=Unknown, weight_init="skip"),
-        "carries adapters": _with_lora(vit(12)),
+        "has LoRA already": _with_lora(vit(12)),
+        "LoRA was merged into blocks.0.attn.qkv": merged,
+        "OptimizedModule has no flat list of blocks .* before it is wrapped": torch.compile(vit(12), backend="eager"),
+        "PeftModel has no flat list of blocks": peft.get_peft_model(
+            vit(12), peft.IA3Config(target_modules=["qkv"], feedforward_modules=[])
+        ),
         "hierarchical networks cannot": timm.create_model("swin_tiny_patch4_window7_224", embed_dim=8, depths=(1, 1)),
         "have widths 8 to 64; hierarchical": hiera,
     }

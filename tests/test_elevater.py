@@ -207,6 +207,12 @@ def test_table_refuses_what_cannot_be_averaged():
         (good + [good[0] | {"seed": 2, "score": 55.0}], "seed 2 is 55.0; it must lie in 0..1"),
         (good + [good[0] | {"seed": 2, "selection": "test-best"}], "selection rules: last, test-best"),
         (good + [good[0] | {"seed": 2, "parameters": 5}], "ka on a has rows of different parameters"),
+        *(
+            (good + [good[0] | {"seed": 2, field: None}], f"method ka, dataset a, seed 2 has no {field}")
+            for field in ("metric", "parameters", "selection")
+        ),
+        (good + [good[0] | {"seed": None}], "method ka, dataset a, seed nan has no seed"),
+        (good + [good[0] | {"method": None}], "dataset a, seed 0 has no method"),
         ([], "no rows with method"),
     ]:
         with pytest.raises(ValueError, match=message):

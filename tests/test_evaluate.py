@@ -184,3 +184,5 @@ def test_metrics_that_are_not_defined():
         mean_average_precision(torch.randn(3, 2), torch.zeros(3, 2))
     with pytest.raises(ValueError, match="N > 0"):
         top1(torch.empty(0, 2), torch.empty(0, dtype=torch.long))
+    with pytest.raises(ValueError, match="mean_per_class: there is no image"):
+        mean_per_class(torch.empty(0, 2), torch.empty(0, dtype=torch.long))

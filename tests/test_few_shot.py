@@ -191,6 +191,20 @@ def test_an_interrupted_search_goes_on_from_its_cache(find, tmp_path):
     assert calls == whole
 
 
+@pytest.mark.parametrize("entry", ["0.5", True, math.nan, math.inf, [0.5]])
+def test_a_cache_of_other_things_is_refused(entry):
+    with pytest.raises(ValueError, match=r"the cache holds .* for lr=0.001 weight_decay=1e-06; .* remove the entry"):
+        search(lambda lr, decay: 0.5, rates=(1e-3,), cache={"lr=0.001 weight_decay=1e-06": entry})
+
+
+@pytest.mark.parametrize("find", [search, cheap_search])
+def test_a_search_of_nothing_is_refused(find):
+    with pytest.raises(ValueError, match="no learning rate"):
+        find(lambda lr, decay: 0.5, rates=())
+    with pytest.raises(ValueError, match="no learning rate or no weight decay"):
+        cheap_search(lambda lr, decay: 0.5, decays=())
+
+
 def test_cheap_search_is_eight_runs():
     calls = []
     best = cheap_search(hill(-2, calls))
@@ -232,6 +246,14 @@ def test_t20_the_test_set_is_read_after_the_sweep_alone(rule, monkeypatch):
     assert outcome.score == outcome.entry["accuracies"]["test"] and outcome.rule == rule
     if rule == "last":
         assert outcome.entry["epoch"] == 4
+
+
+def test_adapt_tests_as_often_as_it_is_asked_to():
+    how = {"find": lambda score, **kept: few_shot.Best(0.1, 1e-6, 0, 0), "epochs": 4}
+    outcome = adapt(tiny, pool(), pool(30, name="test"), eval_every=2, **how)
+    assert [e["epoch"] for e in outcome.history.epochs if "accuracies" in e] == [2, 4]
+    assert outcome.rule == "last" and outcome.entry["epoch"] == 4
+    assert select(outcome.history, "test-best")["accuracies"]["test"] >= outcome.score
 
 
 def test_adapt_learns():
@@ -335,6 +357,9 @@ def test_bad_heads_leave_the_model_as_it_is():
     before = list(model.named_modules())
     with pytest.raises(ValueError, match=r"weight is \(3, 5\); 3 classes on a feature of 16 need \(3, 16\)"):
         few_shot_head(model, 3, weight=torch.ones(3, 5))
+    for wrong in (0, -1, 2.0):
+        with pytest.raises(ValueError, match=f"num_classes={wrong} must be a whole number of at least 1"):
+            few_shot_head(model, wrong)
     few_shot_head(other := tiny(7), 3)
     with pytest.raises(ValueError, match="keep_projection needs a linear head"):
         few_shot_head(other, 3, keep_projection=True)
@@ -359,6 +384,13 @@ def test_language_head_reads_files_and_names_what_is_wrong(tmp_path):
     for wrong in (torch.full((12,), torch.nan), torch.zeros(12), torch.ones(2, 3, 4)):
         with pytest.raises(ValueError, match=r"embedding of 'c0' in the mapping is .*finite and not zero"):
             language_head(prompts | {"c0": wrong}, names)
+    for wrong in ([[1.0, 2.0], [1.0]], "x", None, [torch.ones(3), torch.ones(2)]):
+        with pytest.raises(ValueError, match=r"embedding of 'c0' in the mapping is no array of numbers"):
+            language_head(prompts | {"c0": wrong}, names)
+    with pytest.raises(ValueError, match="prompts of 'c0' in the mapping cancel each other"):
+        language_head(prompts | {"c0": torch.tensor([[1.0] * 12, [-1.0] * 12])}, names)
+    with pytest.raises(ValueError, match="no class is named"):
+        language_head(prompts, [])
     with pytest.raises(ValueError, match=r"different widths: \[9, 12\]"):
         language_head(prompts | {"c0": torch.ones(9)}, names)
     with pytest.raises(FileNotFoundError, match="there is no file .*none.npz"):

@@ -1,6 +1,7 @@
 import copy
 import math
 
+import numpy as np
 import peft
 import pytest
 import timm
@@ -68,6 +69,12 @@ def test_knn_invariances():  # T13
     for chunks in ((1, 230), (7, 1), (56, 57), (1000, 100), (57, 199)):
         assert same(knn(bank, labels, queries, query_chunk=chunks[0], bank_chunk=chunks[1]))
     assert same(knn(bank.double(), labels.int(), queries.double()))
+    for tiny_or_huge in (1e-30, 1e30):  # their squares leave float32
+        assert same(knn(bank * tiny_or_huge, labels, queries * tiny_or_huge))
+    assert same({k: p - 10**15 for k, p in knn(bank, labels + 10**15, queries).items()})  # ids of classes, with gaps
+    assert same(knn(bank, labels.to(torch.uint8), queries, np.array([10, 20, 100, 200])))
+    few = knn(bank.bfloat16(), labels, queries[:1].bfloat16(), [1])[1]
+    assert few.tolist() == brute_force(bank.bfloat16(), labels, queries[:1].bfloat16(), 1, 0.07)
     assert all(len(p) == 0 for p in knn(bank, labels, queries[:0]).values())
 
 
@@ -123,6 +130,8 @@ def test_knn_refuses():
         "label -1 is negative": (bank, torch.full_like(labels, -1), queries, [3]),
         r"k=\(0,\) must be whole numbers": (bank, labels, queries, [0]),
         r"k=\(\) must be whole numbers": (bank, labels, queries, []),
+        r"k=5 must be whole numbers of at least 1, e\.g\. \[10, 20\]": (bank, labels, queries, 5),
+        r"features are \(N, D\) floating-point, D > 0; got \(30, 0\)": (bank[:, :0], labels, queries[:, :0], [3]),
         "temperature=0 must be above 0": (bank, labels, queries, [3], 0),
         r"features are \(N, D\) floating-point": (bank.long(), labels, queries, [3]),
     }.items():
@@ -131,8 +140,15 @@ def test_knn_refuses():
     broken[3, 2] = -math.inf
     with pytest.raises(ValueError, match="not finite"):
         knn(broken, query_labels, queries, [3])
-    with pytest.raises(ValueError, match="5 queries and"):
+    with pytest.raises(ValueError, match=r"5 queries need as many labels, one class each; got \(30,\)"):
         knn_accuracy(bank, labels, queries, labels, [3])
+    with pytest.raises(ValueError, match="no query"):
+        knn_accuracy(bank, labels, queries[:0], query_labels[:0], [3])
+    for wrong in ({"query_chunk": 0}, {"bank_chunk": -5}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}={next(iter(wrong.values()))} must be at least 1"):
+            knn(bank, labels, queries, [3], **wrong)
+    with pytest.raises(ValueError, match="k=31 neighbours are more than the 30"):
+        forgetting.neighbours(bank, queries, 31)
 
 
 # ---- drift and CKA --------------------------------------------------------------------------------------------------
@@ -159,7 +175,7 @@ def test_drift_and_cka():
         "1 of 200 features are not finite, first row 7": lambda: drift(before, broken),
         "drift: 12 dimensions before and 30 after": lambda: drift(before, other),
         "200 features before and 100 after": lambda: cka(before, other[:100]),
-        "the same on one side": lambda: cka(before, torch.ones(200, 3)),
+        "the same on one side": lambda: cka(before, torch.full((200, 3), 1 / 3, dtype=torch.float64)),
         "cka: 1 of 200 features are not finite": lambda: cka(broken, before),
     }.items():
         with pytest.raises(ValueError, match=message):
@@ -364,6 +380,6 @@ def test_adapting_and_forgetting_small(seed):  # T16
 def test_blocks_with_adapters_are_not_copied(method):
     model = vit()
     METHODS[method](model)
-    with pytest.raises(ValueError, match="carries adapters"):
+    with pytest.raises(ValueError, match="merge or detach it first"):
         block_expansion.attach(model, p=2)
     assert len(model.blocks) == 4

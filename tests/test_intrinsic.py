@@ -8,7 +8,7 @@ import timm
 import torch
 
 import leanvit
-from leanvit import intrinsic
+from leanvit import baselines, block_expansion, intrinsic, kadaptation
 from leanvit.intrinsic import Fastfood, attach, detach, dimension, merge, reference, walsh_hadamard
 
 
@@ -183,6 +183,43 @@ def test_bad_input():
     attach(model, "blocks.0.attn", d=3)
     with pytest.raises(ValueError, match="has a subspace already"):
         attach(model, "blocks.1.attn", d=3)
+    for seed in ("a", None, -1):
+        with pytest.raises(ValueError, match=f"intrinsic: seed={seed!r} must be a whole number"):
+            attach(vit(), "blocks.0.attn", d=3, seed=seed)
     for undo in (merge, detach):
         with pytest.raises(ValueError, match=f"{undo.__name__}: no subspace is attached"):
             undo(vit())
+
+
+ADAPTERS = [
+    lambda m: kadaptation.attach(m, n=4), lambda m: baselines.lora_qv(m), lambda m: baselines.vera(m, rank=4),
+    lambda m: baselines.adapter(m, 4), lambda m: baselines.compacter(m, 8), lambda m: baselines.lora(m),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_no_subspace_beside_an_adapter(adapter):
+    """A second would freeze the first, and P z is a map of the parameters that the module had."""
+    model = vit()
+    attach(model, "blocks.0.attn", d=3)
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    with pytest.raises(ValueError, match=r"has a subspace already \(blocks.0.attn.intrinsic_z\); merge or"):
+        adapter(model)
+    assert trained == [n for n, p in model.named_parameters() if p.requires_grad]
+    with pytest.raises(ValueError, match=r"this model has a subspace already \(blocks.0.attn.intrinsic_z\)"):
+        block_expansion.attach(model, p=1)
+    model = vit()
+    adapter(model)
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    with pytest.raises(ValueError, match=r"intrinsic: this model has \w+ already"):
+        attach(model, "blocks.0.attn", d=3)
+    assert names == [n for n, p in model.named_parameters() if p.requires_grad]
+
+
+def test_a_z_of_another_seed_does_not_load(tmp_path):
+    one, other = vit(), vit()
+    attach(one, "blocks.0.attn", d=12, seed=7)
+    path = leanvit.save(disturb(one), tmp_path / "z.safetensors")
+    attach(other, "blocks.0.attn", d=12, seed=8)
+    with pytest.raises(ValueError, match=r"settings of blocks.0.attn: {'seed': 7} in the file, {'seed': 8} in the"):
+        leanvit.load(other, path)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import leanvit
-from leanvit import baselines, kadaptation, lbp_wht, qkv, state
+from leanvit import baselines, intrinsic, kadaptation, lbp_wht, qkv, state
 from leanvit.kadaptation import Kronecker, attach, detach, merge, parameters_formula
 from leanvit.kernels import lowrank
 
@@ -439,14 +439,58 @@ def test_merge_gives_the_same_logits_and_a_plain_timm_model(dtype, limit, settin
             )
 
 
-def test_a_merged_model_is_stock_and_can_be_attached_to_again():
+def test_a_merged_model_is_not_attached_to_again_but_its_weights_can_be():
     model = disturb(_attached(vit(), n=4))
     merge(model)
+    wanted, trained = model(images()), [p.requires_grad for p in model.parameters()]
     with pytest.raises(ValueError, match="merge: KAdaptation is not attached to this VisionTransformer"):
         merge(model)
+    methods = [
+        lambda m: attach(m, n=8), lambda m: baselines.lora_qv(m), lambda m: baselines.adapter(m, 4),
+        lambda m: baselines.vera(m, rank=4), lambda m: intrinsic.attach(m, "blocks.0.mlp", 3),
+    ]  # fmt: skip
+    for method in methods:
+        for again in (model, copy.deepcopy(model)):
+            with pytest.raises(ValueError, match=r"KAdaptation was merged into blocks.0.attn.qkv.* into a new model"):
+                method(again)
+    assert torch.equal(model(images()), wanted) and [p.requires_grad for p in model.parameters()] == trained
+    fresh = vit()
+    fresh.load_state_dict(model.state_dict())
+    attach(fresh, n=8)
+    assert torch.equal(fresh(images()), wanted)
+
+
+@pytest.mark.parametrize("undo", [merge, detach])
+def test_a_part_of_the_model_is_refused_whole_and_a_wrapped_model_is_not(undo):
+    model = disturb(_attached(vit(), n=4))
     wanted = model(images())
-    attach(model, n=8)
-    assert torch.equal(model(images()), wanted)
+    with pytest.raises(ValueError, match=f"{undo.__name__}: the A_i that attn.qkv shares .* give the whole model"):
+        undo(model.blocks[0])
+    assert torch.equal(model(images()), wanted) and len(deltas(model)) == 4
+    undo(nn.Sequential(model))
+    assert not deltas(model) and not adapters(model)
+    assert [type(m) for m in model.modules()] == [type(m) for m in vit().modules()]
+
+
+def test_what_may_be_trained_after_merge_and_detach():
+    for undo in (merge, detach):
+        model = _attached(vit(), n=4)
+        undo(model)
+        assert [n for n, p in model.named_parameters() if p.requires_grad] == ["head.weight", "head.bias"]
+
+
+@pytest.mark.parametrize("match", ["q_proj", "v_proj"])
+@pytest.mark.parametrize("share_qv", [False, True])
+def test_queries_or_values_alone(match, share_qv):
+    """Where they are layers of their own, `match` may choose one of them."""
+    model, x = family("eva02_base_patch14_224")
+    report = attach(model, n=4, share_qv=share_qv, match=lambda name, module: name.endswith(match))
+    assert report.matched == [f"blocks.{i}.attn.{match}" for i in (0, 1)] and len(report.skipped) == 2
+    adapted = disturb(model, 0.1)(x)
+    adapted.square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in adapters(model).values())
+    merge(model)
+    torch.testing.assert_close(model(x), adapted, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -502,6 +546,24 @@ def test_save_and_load(tmp_path):
         with pytest.raises(ValueError, match=what):
             leanvit.load(wrong, path)
     assert len(state.changed_names(model)) == len(set(state.changed_names(model)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"scale": 1.0}, r"settings of blocks.0.attn.qkv.q: .*'scale': 4.0} in the file, .*'scale': 1.0} in the model"),
+        ({"mode": "paper"}, "'scale': 160.0} in the model"),
+        ({"mode": "released", "scale": 4.0}, "'Kronecker'.* in the file, .*'Released'.* in the model"),
+    ],
+)
+def test_a_file_of_another_scale_or_mode_does_not_load(settings, message, tmp_path):
+    """The tensors have the same names and shapes, the logits would be others."""
+    path = leanvit.save(disturb(_attached(vit(), n=4)), tmp_path / "adapter.safetensors")
+    other = _attached(vit(), n=4, **settings)
+    before = {n: t.clone() for n, t in other.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        leanvit.load(other, path)
+    assert all(torch.equal(t, before[n]) for n, t in other.state_dict().items())
 
 
 # --- with others -----------------------------------------------------------------------------------------------------
@@ -596,7 +658,9 @@ def test_the_block_without_a_gradient_of_its_input():
         ({"n": 4, "scale": float("nan")}, "scale=nan must be a finite number"),
         ({"n": 4, "mode": "released", "rule_rank": None}, "mode 'released' factors A_i"),
         ({"n": 4, "mode": "released", "share_qv": True}, "mode 'released' factors A_i"),
-        ({"n": 4, "match": lambda n, m: "atn" in n}, "match chose none of the layers blocks.0.attn.qkv"),
+        ({"n": 4, "match": lambda n, m: "atn" in n}, "match chose none of the query and value layers blocks.0.attn.q"),
+        ({"n": 4, "seed": "a"}, "seed='a' must be a whole number of at least 0"),
+        ({"n": 4, "mode": ["fixed"]}, r"mode=\['fixed'\] is not one of"),
     ],
 )
 def test_bad_arguments_leave_the_model_as_it_was(settings, message):
@@ -629,9 +693,13 @@ def test_models_that_cannot_be_adapted():
     with pytest.raises(ValueError, match="merge: mode 'released' .* mixes tokens and images"):
         merge(model)
     assert len(deltas(model)) == 4
-    for normed in (vit(qk_norm=True), family("swinv2_tiny_window8_256")[0], family("eva02_base_patch14_224")[0]):
-        with pytest.raises(ValueError, match="mode 'released' is defined for a fused qkv"):
-            attach(normed, n=4, mode="released")
+    xcit = timm.create_model("xcit_nano_12_p16_224", depth=1, embed_dim=32, num_heads=2)
+    for normed in (vit(qk_norm=True), family("swinv2_tiny_window8_256")[0], family("eva02_base_patch14_224")[0], xcit):
+        for method in (lambda m: attach(m, n=4, mode="released"), baselines.lora_scrambled):
+            trained = [p.requires_grad for p in normed.parameters()]
+            with pytest.raises(ValueError, match="(mode 'released'|lora_scrambled) is defined for a fused qkv"):
+                method(normed)
+            assert trained == [p.requires_grad for p in normed.parameters()]
     layer = _attached(vit(), n=4, mode="released").blocks[0].attn.qkv
     with pytest.raises(ValueError, match=r"defined on tokens \(B, N, C\), got \(2, 3, 3, 32\)"):
         layer(torch.randn(2, 3, 3, 32))

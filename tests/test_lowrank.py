@@ -160,7 +160,7 @@ def test_kronecker_forms_agree(n, b, e, rank, rule_rank):
     assert p.shape == (n * b, n * rule_rank * rank) and q.shape == (n * e, n * rule_rank * rank)
     torch.testing.assert_close(p @ q.T, h, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(p[b - 1, 0], s[0, 0, 0] * u[0, b - 1, 0])
-    for tokens in ((2, 5), (7,), (2, 3, 1)):
+    for tokens in ((2, 5), (7,), (2, 3, 1), (0, 4), ()):
         x = numbers(*tokens, n * b, seed=9)
         torch.testing.assert_close(lowrank.kronecker_apply(x, a, u, v), x @ h, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close((x @ p) @ q.T, x @ h, rtol=1e-10, atol=1e-12)

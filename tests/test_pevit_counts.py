@@ -45,6 +45,12 @@ def test_decomposition():
         "blocks.*.mlp.adapter_up.weight": 12 * 64 * 768,
         "blocks.*.mlp.adapter_up.bias": 12 * 768,
     }
+    rules = {f"kad_rules.{role}.kad_{factor}": 32 * 32 for role in "qv" for factor in "st"}
+    own = {f"blocks.*.attn.qkv.{role}.kad_{factor}": 9_216 for role in "qv" for factor in "uv"}
+    assert pevit(KA).kinds == rules | own | {"blocks.*.attn.qkv.q.kad_bias": 9_216}  # specification, 1.5
+    assert pevit("LoRA").kinds == {
+        f"blocks.*.attn.qkv.{role}.lora_{matrix}": 12 * 4 * 768 for role in "qv" for matrix in "AB"
+    }
     kinds = pevit("Compacter").kinds
     assert kinds["blocks.*.mlp.compacter_down.left"] == 12 * 4 * 192
     assert kinds["blocks.*.mlp.compacter_down.right"] == 12 * 4 * 16

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leanvit.lora import check_rank
-from leanvit.surgery import Match, Report, count, freeze, need_head, refuse_adapted, replace
+from leanvit.kernels import lowrank
+from leanvit.surgery import Match, Report, check_whole, count, freeze, need_head, refuse_adapted, replace
 
 MODES = ("fixed", "faithful")
 
@@ -80,8 +80,7 @@ class PHM(nn.Module):
 
     def forward(self, x: Tensor, rule: Tensor) -> Tensor:
         # inputs x outputs is bottleneck-sized, so H is built (a small tensor) and applied as one product
-        h = torch.einsum("iac,ibp,ipe->abce", rule, self.left, self.right)
-        return x @ h.flatten(2).flatten(0, 1) + self.bias
+        return x @ lowrank.kronecker_sum(rule, self.left, self.right.mT) + self.bias
 
 
 class Compacter(nn.Module):
@@ -118,7 +117,7 @@ def _insert(
     make: Callable[[nn.Module, int, dict], nn.Module], check: Callable[[int], None] = lambda features: None,
 ) -> Report:  # fmt: skip
     """Wrap every MLP that matches into `make(mlp, features, like)`, in place, and train these and the head."""
-    check_rank(method, width=width)
+    check_whole(method, width=width)
     if mode not in MODES:
         raise ValueError(f"{method}: mode={mode!r} is none of {', '.join(MODES)}")
     refuse_adapted(model, method)
@@ -178,7 +177,7 @@ def compacter(
 
     Raises `ValueError` as `adapter`, and when n does not divide the bottleneck or the width of the model.
     """
-    check_rank("compacter", n=n, rank=rank)
+    check_whole("compacter", n=n, rank=rank)
 
     def check(features: int) -> None:
         for what, size in (("width", width), ("the model's width", features)):

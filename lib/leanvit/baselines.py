@@ -24,18 +24,28 @@ from torch import Tensor, nn
 from leanvit import qkv
 from leanvit.adapters import Adapter, Compacter, adapter, compacter
 from leanvit.lora import (
-    SEPARATED,
     LoRA,
     LowRank,
     Scrambled,
     attention_projections,
-    check_rank,
     lora,
     lora_qv,
     lora_scrambled,
 )
+from leanvit.qkv import SEPARATED
 from leanvit.sites import join_qkv_bias, separate_qkv_bias
-from leanvit.surgery import Match, Report, count, freeze, head_parameters, need_head, refuse_adapted, replace
+from leanvit.surgery import (
+    Match,
+    Report,
+    check_whole,
+    count,
+    fold,
+    freeze,
+    head_parameters,
+    need_head,
+    refuse_adapted,
+    replace,
+)
 
 __all__ = [
     "LoRA", "adapter", "attention_projections", "bitfit", "compacter", "detach", "full", "l2_sp", "linear_probe",
@@ -71,7 +81,7 @@ def top_blocks(model: nn.Module, n: int, *, norm: bool = False) -> Report:
 
     Raises `ValueError` for a model without a head or a flat list of blocks, or an `n` outside of 1 .. their number.
     """
-    check_rank("top_blocks", n=n)
+    check_whole("top_blocks", n=n)
     head, blocks = need_head(model, "top_blocks"), getattr(model, "blocks", None)
     if not isinstance(blocks, (nn.Sequential, nn.ModuleList)):
         raise ValueError(f"top_blocks: {type(model).__name__} has no flat list `blocks`; a plain ViT is needed")
@@ -109,17 +119,17 @@ def vera(
     A and B are not stored: they come from `seed`, which stands in the parameters' names (`vera_lambda_b.seed0`), so
     that loading into a model attached with another seed fails. `match` chooses among the layers.
 
-    Raises `ValueError` as `lora_qv`.
+    Raises `ValueError` as `lora_qv`, and for a d_initial of 0 or none that is finite.
     """
-    check_rank("vera", rank=rank)
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"vera: seed={seed!r} must be a whole number of at least 0")
+    check_whole("vera", rank=rank)
+    check_whole("vera", 0, seed=seed)
+    number = isinstance(d_initial, int | float) and not isinstance(d_initial, bool) and math.isfinite(d_initial)
+    if not number or d_initial == 0:  # b starts at zero: with d at zero too neither would ever get a gradient
+        raise ValueError(f"vera: d_initial={d_initial!r} must be a finite number other than 0")
     refuse_adapted(model, "vera")
     head = need_head(model, "vera")
-    layers = list(dict.fromkeys(rows.layer for rows in qkv.find(model)))
-    found = [n for n in layers if match is None or match(n, model.get_submodule(n))]
-    if not found:
-        raise ValueError(f"vera: no attention with linear queries and values matches in {type(model).__name__}")
+    rows, skipped = qkv.choose(model, "vera", match)
+    found = list(dict.fromkeys(r.layer for r in rows))
     import peft  # on first use: it imports transformers
 
     trained = [(p, p.requires_grad) for p in model.parameters()]
@@ -145,7 +155,6 @@ def vera(
     notes = [SEPARATED] if separate_qkv_bias(model, lambda n, m: n in found) else []
     if any(n.endswith("qkv") for n in found):
         notes.append("PEFT adapts a fused qkv as one layer: the keys are adapted too")
-    skipped = {n: "not matched" for n in layers if n not in found}
     return Report("vera", found, skipped, *count(model), notes)
 
 
@@ -186,7 +195,10 @@ def merge(model: nn.Module) -> None:
             raise ValueError(f"merge: the scrambled LoRA ({name}) mixes tokens and images, which no weight of it does")
     with torch.no_grad():
         for name, module in found:
-            replace(model, name, _merged_vera(module) if _is_vera(module) else module.merged())
+            if _is_vera(module):
+                fold(model, name, _merged_vera(module), "VeRA")
+            else:
+                fold(model, name, module.merged(), "LoRA")
     join_qkv_bias(model)
 
 

@@ -27,6 +27,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -40,11 +41,14 @@ from leanvit.surgery import Report
 # the layers that write into the residual stream, by their full name within a timm block: pre-norm blocks (in parallel
 # ones the layers stand in attns and ffns; factored by ComCAT the second factor writes), ParallelScalingBlock
 WRITERS = re.compile(r"(attns\.\d+\.)?attn\.proj|(ffns\.\d+\.)?mlp\.fc2(\.second)?|(attn_|mlp_)?out_proj")
-ADAPTERS = ("lora_", "kad_", "adapter_", "compacter_", "vera_")  # what other methods put into blocks is named so
 SMALL_SCALE = 1e-2  # LayerScale below this slows the first steps of the new blocks noticeably
 ATTACHED = "block_expansion"  # attribute of an expanded model
 
 # --- positions and counts --------------------------------------------------------------------------------------------
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)  # numpy's too
 
 
 def group_tops(depth: int, p: int) -> list[int]:
@@ -52,12 +56,12 @@ def group_tops(depth: int, p: int) -> list[int]:
 
     Raises `ValueError` unless `p` divides `depth`.
     """
-    if isinstance(p, bool) or not isinstance(p, int) or p < 1 or depth % p:
+    if not _whole(p) or p < 1 or depth % p:
         divisors = ", ".join(str(d) for d in range(1, depth + 1) if depth % d == 0)
         raise ValueError(
             f"p={p!r} does not divide the depth {depth}; p can be {divisors}, or name the source blocks with positions="
         )
-    return [depth // p * (j + 1) - 1 for j in range(p)]
+    return [depth // int(p) * (j + 1) - 1 for j in range(p)]
 
 
 def count_formula(width: int, p: int, num_classes: int) -> int:
@@ -73,7 +77,7 @@ def _sources(depth: int, p: int | None, positions: Iterable[int] | None) -> list
     if not isinstance(positions, Iterable):
         raise ValueError(f"positions={positions!r} must be a list of block numbers")
     sources = list(positions)
-    wrong = [i for i in sources if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < depth]
+    wrong = [i for i in sources if not _whole(i) or not 0 <= i < depth]
     if wrong or not sources:
         raise ValueError(
             f"positions={sources}: {f'{wrong[0]!r} is no block' if wrong else 'name at least one'} of 0..{depth - 1}"
@@ -81,7 +85,7 @@ def _sources(depth: int, p: int | None, positions: Iterable[int] | None) -> list
     if len(set(sources)) != len(sources):
         twice = next(i for i in sources if sources.count(i) > 1)
         raise ValueError(f"positions={sources}: block {twice} is named twice; each block takes one copy")
-    return sorted(sources)
+    return sorted(map(int, sources))
 
 
 # --- what is kept beside an expanded model ---------------------------------------------------------------------------
@@ -97,7 +101,7 @@ class Expansion:
     heads: dict[str, nn.Module]  # copies, by their full name
     num_classes: int | None
     trainable: dict[str, bool] = field(repr=False)  # by the original name
-    bypassed: bool = False
+    bypassed: int | None = None  # id of the model that bypass holds; a copy made there has another and is a plain model
 
     @property
     def added(self) -> tuple[int, ...]:
@@ -117,11 +121,19 @@ class Expansion:
         return None if new in self.added else new - sum(a < new for a in self.added)
 
 
+def _attached(model: nn.Module) -> Expansion | None:
+    expansion = vars(model).get(ATTACHED)  # not what a wrapper (torch.compile, PEFT) hands through
+    return None if expansion is None or expansion.bypassed not in (None, id(model)) else expansion
+
+
 def _expansion(model: nn.Module, what: str) -> Expansion:
-    expansion = getattr(model, ATTACHED, None)
+    expansion = _attached(model)
     if expansion is None:
-        raise ValueError(f"{what}: block expansion is not attached to this {type(model).__name__}")
-    if expansion.bypassed:
+        raise ValueError(
+            f"{what}: block expansion is not attached to this {type(model).__name__} (of a wrapped model, name the "
+            "one inside)"
+        )
+    if expansion.bypassed is not None:
         raise ValueError(f"{what}: the new blocks are bypassed; leave the bypass(model) block first")
     return expansion
 
@@ -140,11 +152,11 @@ def old_index(model: nn.Module, new: int) -> int | None:
 
 
 def _flat_blocks(model: nn.Module) -> nn.Sequential | nn.ModuleList:
-    blocks = getattr(model, "blocks", None)
+    blocks = model._modules.get("blocks")  # not what a wrapper hands through: new ones would be put beside the old
     if not isinstance(blocks, (nn.Sequential, nn.ModuleList)) or len(blocks) == 0:
         raise ValueError(
-            f"{type(model).__name__} has no flat list of blocks (model.blocks); hierarchical networks "
-            "cannot be expanded"
+            f"{type(model).__name__} has no flat list of blocks (model.blocks); hierarchical networks cannot be "
+            "expanded, and a model is expanded before it is wrapped"
         )
     return blocks
 
@@ -157,13 +169,7 @@ def _writers(block: nn.Module) -> list[str]:
 
 
 def _check_blocks(model: nn.Module, blocks: nn.Module) -> None:
-    names = [n for n, _ in model.named_parameters()]
-    adapter = next((n for n in names if any(part.startswith(ADAPTERS) for part in n.split("."))), None)
-    if adapter is not None:
-        raise ValueError(
-            f"block expansion copies blocks as they are; this model carries adapters ({adapter}): merge or detach them "
-            "first, or attach them after the new blocks"
-        )
+    surgery.refuse_adapted(model, "block expansion")
     widths = []
     for i, block in enumerate(blocks):
         writers = _writers(block)
@@ -290,10 +296,11 @@ def attach(
         A `Report`: the new blocks by their names, and the parameter counts.
 
     Raises:
-        ValueError: p does not divide the depth, positions out of range or repeated, attached already, adapters in the
-            blocks, a hierarchical network, blocks of an unknown kind, or no identity; the model is then as it was.
+        ValueError: p does not divide the depth, positions out of range or repeated, attached already, adapters
+            attached or merged, no flat list of blocks (a hierarchical network, a wrapper), blocks of an unknown kind,
+            or no identity; the model is then as it was.
     """
-    if getattr(model, ATTACHED, None) is not None:
+    if _attached(model) is not None:
         raise ValueError("block expansion is attached already; detach(model) first")
     blocks = _flat_blocks(model)
     sources = _sources(len(blocks), p, positions)
@@ -378,11 +385,11 @@ def bypass(model: nn.Module) -> Iterator[nn.Module]:
     heads, num_classes, training = _heads(model), getattr(model, "num_classes", None), model.training
     added = _collapse(model, expansion)
     _put_old_heads(model, expansion)
-    expansion.bypassed = True
+    expansion.bypassed = id(model)
     try:
         yield model
     finally:
-        expansion.bypassed = False
+        expansion.bypassed = None
         _put_heads(model, heads, num_classes)
         _expand(model, expansion, added)
         if model.training != training:
@@ -399,8 +406,8 @@ def _head_prefixes(model: nn.Module) -> tuple[str, ...]:
 
 def base_hash(model: nn.Module) -> str:
     """SHA-256 of the original model without its head (names, dtypes, shapes, values), expanded or not."""
-    expansion, tensors = getattr(model, ATTACHED, None), {}
-    expanded, heads = expansion is not None and not expansion.bypassed, _head_prefixes(model)
+    expansion, tensors = _attached(model), {}
+    expanded, heads = expansion is not None and expansion.bypassed is None, _head_prefixes(model)
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, Tensor) or name.startswith(heads):
             continue
@@ -463,7 +470,7 @@ def load(model: nn.Module, path: str | Path) -> dict:
     header = state.read_header(path)
     if header.get("method") != ATTACHED:
         raise ValueError(f"load: {path} holds no block expansion (method {header.get('method')!r})")
-    attached = getattr(model, ATTACHED, None) is not None
+    attached = _attached(model) is not None
     depth = _expansion(model, "load").depth if attached else len(_flat_blocks(model))
     _check_blocks(model, model.blocks)
     for what, theirs, mine in (("depth", header["depth"], depth), ("width", header["width"], _width(model))):
@@ -489,9 +496,6 @@ def load(model: nn.Module, path: str | Path) -> dict:
     except Exception:
         _put_heads(model, heads, num_classes)
         if not attached:
-            trainable = model.block_expansion.trainable
+            model.block_expansion.heads = heads  # themselves, not copies
             detach(model)
-            _put_heads(model, heads, num_classes)
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(trainable[name])
         raise

@@ -138,10 +138,11 @@ def table(rows: Iterable[dict]) -> pd.DataFrame:
     """One line for each (method, dataset), and one, "mean", over the data sets, for methods that have all of them.
 
     A row is a score in [0, 1] of one method, dataset and seed, with its metric, the trained `parameters` (head
-    included) and the `selection` rule. Columns: metric, n (seeds), mean and spread (sample standard deviation) over the
-    seeds, parameters, pe (of the mean). In the line "mean", `mean` is the plain mean over data sets and `spread` that
-    of the seeds' own means (NaN where data sets have different seeds); `parameters` is the mean, as published. Raises
-    `ValueError` for a row twice or without a score, and for different selection rules in one table.
+    included) and the `selection` rule. Columns: metric, n (seeds), mean and spread (sample standard deviation) over
+    the seeds, parameters, pe (of the mean). In the line "mean", `mean` is the plain mean over data sets and
+    `spread` that of the seeds' own means (NaN where data sets have different seeds); `parameters` is the mean, as
+    published. Raises `ValueError` for a row twice, for one that lacks a field or whose score is out of 0..1, and
+    for different selection rules in one table.
     """
     frame, lines = _checked(rows), {}
     datasets = list(frame["dataset"].unique())
@@ -165,6 +166,9 @@ def _checked(rows: Iterable[dict]) -> pd.DataFrame:
     wrong = frame[~frame["score"].map(lambda s: isinstance(s, float | int) and 0 <= s <= 1)]
     if len(wrong):
         raise ValueError(f"table: the score of {_named(wrong, key)} is {wrong['score'].iloc[0]}; it must lie in 0..1")
+    for field in FIELDS:
+        if len(absent := frame[frame[field].isna()]):
+            raise ValueError(f"table: the row of {_named(absent, key)} has no {field}")
     twice = frame[frame.duplicated(key)]
     if len(twice):
         raise ValueError(f"table: {_named(twice, key)} is there twice")

@@ -127,6 +127,8 @@ def mean_per_class(logits: Tensor, labels: Tensor) -> float:
     counts = confusion(logits, labels).double()
     images = counts.sum(1)
     present = images > 0
+    if not present.any():
+        raise ValueError("mean_per_class: there is no image")
     return (counts.diagonal()[present] / images[present]).mean().item()
 
 

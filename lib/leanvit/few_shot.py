@@ -112,10 +112,20 @@ class _Runs:
             self.cache[key] = value if math.isfinite(value) else None  # None: failed, and JSON knows it
             if self.on_run is not None:
                 self.on_run(self.cache)
-        return -math.inf if self.cache[key] is None else self.cache[key]
+        value = self.cache[key]
+        if value is None:
+            return -math.inf
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(
+                f"search: the cache holds {value!r} for {key}; a score is a finite number, and None a run that failed: "
+                "remove the entry"
+            )
+        return value
 
     def best(self, candidates: list[tuple[float, float]]) -> Best:
         """The best of the candidates (lr, weight decay), the earlier one of equals."""
+        if not candidates:
+            raise ValueError("search: there is no learning rate or no weight decay to try")
         lr, decay = max(candidates, key=lambda c: self(*c))
         if self(lr, decay) == -math.inf:
             raise SearchFailed(f"search: all {len(self.asked)} runs failed (diverged, or scored NaN)")
@@ -137,7 +147,8 @@ def search(
 
     `cache` (a dict of scores, that JSON can store; for this data set, seed and method alone) is filled run by run and
     read before one: a search that was interrupted goes on with it. `on_run(cache)` is called after each new run, to
-    store it. Raises `SearchFailed` when every run failed.
+    store it. Raises `SearchFailed` when every run failed, `ValueError` where there is none, or the cache holds
+    something else than scores.
     """
     runs, peaks = _Runs(score, cache, on_run), []
     for lr in rates:
@@ -166,7 +177,7 @@ def cheap_search(
     8 runs in place of up to 90: a rate is judged at one decay alone. The rest is as in `search`.
     """
     runs = _Runs(score, cache, on_run)
-    first = runs.best([(lr, decays[0]) for lr in rates])
+    first = runs.best([(lr, decay) for lr in rates for decay in decays[:1]])
     return runs.best([(first.lr, decay) for decay in decays])
 
 
@@ -217,6 +228,7 @@ def adapt(
     epochs: float = 50,
     cache: MutableMapping | None = None,
     on_run: Callable[[MutableMapping], None] | None = None,
+    eval_every: int | None = None,
     checkpoint_dir: str | Path | None = None,
     **settings,
 ) -> Outcome:
@@ -224,7 +236,8 @@ def adapt(
 
     `build()` makes the model with the method attached, the same one each time. `metric` is a name of
     `evaluate.METRICS`; `settings` go to `recipe`. A run of the search scores its best epoch on the held-out fifth. The
-    final training is on all shots, under the rule "val-best" on those that are not held out. Only it reads `test_set`.
+    final training is on all shots, under the rule "val-best" on those that are not held out. Only it reads `test_set`,
+    every `eval_every` epochs (None: every epoch, for the rule "last" the last alone) and at the end.
     Raises what `sample`, `split`, `find` and `train.fit` raise.
     """
     measure = metric_of(metric)
@@ -240,10 +253,12 @@ def adapt(
 
     best = find(score, cache=cache, on_run=on_run)
     sets = {"test": test_set} | ({"val": held} if rule == "val-best" else {})
+    if eval_every is None:
+        eval_every = max(1, math.ceil(epochs)) if rule == "last" else 1
     model, final = build(), recipe(best.lr, best.weight_decay, epochs, **settings)
     history = train.fit(
         model, kept if rule == "val-best" else chosen, final, test_set=sets, metric=measure, progress=False,
-        eval_every=max(1, math.ceil(epochs)) if rule == "last" else 1, checkpoint_dir=checkpoint_dir,
+        eval_every=eval_every, checkpoint_dir=checkpoint_dir,
     )  # fmt: skip
     entry = select(history, rule)
     return Outcome(_test_score(entry), rule, entry, history, best, model)

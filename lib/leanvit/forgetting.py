@@ -9,8 +9,9 @@ Two readings belong side by side: the feature as adapted, which one network woul
 with the adapter switched off, where that is possible; it is then the old one exactly.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -61,8 +62,10 @@ def _read(model: nn.Module, dataset: Dataset, batch_size: int, workers: int = 0)
 
 def _check_finite(what: str, *batches: Tensor) -> None:
     for batch in batches:
-        if not batch.is_floating_point() or batch.ndim != 2:
-            raise ValueError(f"{what}: features are (N, D) floating-point; got {tuple(batch.shape)} {batch.dtype}")
+        if not batch.is_floating_point() or batch.ndim != 2 or batch.shape[1] == 0:
+            raise ValueError(
+                f"{what}: features are (N, D) floating-point, D > 0; got {tuple(batch.shape)} {batch.dtype}"
+            )
         # a sum is finite where all terms are (float64: it does not overflow), and needs no copy of the batch
         if not torch.isfinite(batch.sum(dtype=torch.float64)):
             bad = (~torch.isfinite(batch).all(1)).nonzero()[:, 0]
@@ -70,7 +73,7 @@ def _check_finite(what: str, *batches: Tensor) -> None:
                 raise ValueError(f"{what}: {len(bad)} of {len(batch)} features are not finite, first row {int(bad[0])}")
 
 
-def _check_knn(bank: Tensor, bank_labels: Tensor, queries: Tensor, k: Sequence[int], temperature: float) -> None:
+def _check_knn(bank: Tensor, bank_labels: Tensor, queries: Tensor, k: Collection[int], temperature: float) -> None:
     _check_finite("knn", bank, queries)
     if bank.shape[1] != queries.shape[1]:
         raise ValueError(f"knn: bank features have {bank.shape[1]} dimensions, queries {queries.shape[1]}")
@@ -81,13 +84,20 @@ def _check_knn(bank: Tensor, bank_labels: Tensor, queries: Tensor, k: Sequence[i
         )
     if len(bank_labels) and int(bank_labels.min()) < 0:
         raise ValueError(f"knn: label {int(bank_labels.min())} is negative")
-    wrong = [n for n in k if isinstance(n, bool) or not isinstance(n, int) or n < 1]
-    if wrong or not k:
-        raise ValueError(f"knn: k={tuple(k)} must be whole numbers of at least 1")
-    if max(k) > len(bank):
-        raise ValueError(f"knn: k={max(k)} neighbours are more than the {len(bank)} features of the bank")
+    several = isinstance(k, Collection) and len(k) > 0
+    if not several or any(isinstance(n, bool) or not isinstance(n, Integral) or n < 1 for n in k):
+        raise ValueError(
+            f"knn: k={tuple(k) if isinstance(k, Collection) else k} must be whole numbers of at least 1, e.g. [10, 20]"
+        )
     if not temperature > 0:
         raise ValueError(f"knn: temperature={temperature} must be above 0")
+
+
+def _unit(features: Tensor) -> Tensor:
+    """Rows of norm 1 (or 0), float32; the norm in float64, as squares of 1e20 or 1e-23 leave float32."""
+    rows = features.float()
+    norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
+    return rows / norm.clamp_min(torch.finfo(torch.float32).tiny).float()
 
 
 def neighbours(
@@ -96,15 +106,20 @@ def neighbours(
     """The `k` most similar of `bank (M, D)` for each of `queries (N, D)`: cosines `(N, k)`, descending, and indices.
 
     Works by tiles of `query_chunk` x `bank_chunk` similarities: beside inputs and results it never holds more than
-    such a tile and normalised copies of one chunk of each.
+    such a tile and normalised copies of one chunk of each. Raises `ValueError` for k above the bank's size.
     """
+    if k > len(bank):
+        raise ValueError(f"knn: k={k} neighbours are more than the {len(bank)} features of the bank")
+    for name, chunk in {"query_chunk": query_chunk, "bank_chunk": bank_chunk}.items():
+        if chunk < 1:
+            raise ValueError(f"knn: {name}={chunk} must be at least 1")
     cosines = torch.full((len(queries), k), -torch.inf, dtype=torch.float32, device=queries.device)
     indices = torch.zeros((len(queries), k), dtype=torch.long, device=queries.device)
     for first in range(0, len(bank), bank_chunk):
-        keys = F.normalize(bank[first : first + bank_chunk].to(queries.device).float(), dim=1).T
+        keys = _unit(bank[first : first + bank_chunk].to(queries.device)).T
         for start in range(0, len(queries), query_chunk):
             rows = slice(start, start + query_chunk)
-            similarity = F.normalize(queries[rows].float(), dim=1) @ keys
+            similarity = _unit(queries[rows]) @ keys
             best, where = similarity.topk(min(k, similarity.shape[1]), dim=1, sorted=False)
             best, where = torch.cat([cosines[rows], best], 1), torch.cat([indices[rows], where + first], 1)
             cosines[rows], order = best.topk(k, dim=1)
@@ -116,7 +131,7 @@ def knn(
     bank: Tensor,
     bank_labels: Tensor,
     queries: Tensor,
-    k: Sequence[int] = NEIGHBOURS,
+    k: Collection[int] = NEIGHBOURS,
     temperature: float = 0.07,
     *,
     query_chunk: int = 256,
@@ -135,24 +150,27 @@ def knn(
     """
     _check_knn(bank, bank_labels, queries, k, temperature)
     cosines, indices = neighbours(bank, queries, max(k), query_chunk=query_chunk, bank_chunk=bank_chunk)
-    labels = bank_labels.to(queries.device)
-    classes = int(labels.max()) + 1
-    predictions: dict[int, list[Tensor]] = {n: [] for n in k}
+    classes, labels = bank_labels.to(queries.device).long().unique(return_inverse=True)  # numbers may have gaps
+    predictions: dict[int, list[Tensor]] = {int(n): [] for n in k}
     for rows in zip(cosines.split(query_chunk), indices.split(query_chunk), strict=True):
         # relative to the nearest one, which changes no argmax and cannot overflow at small T
         weights, votes = ((rows[0] - rows[0][:, :1]).double() / temperature).exp(), labels[rows[1]]
         for n in predictions:
-            scores = torch.zeros(len(votes), classes, dtype=torch.float64, device=queries.device)
-            predictions[n].append(scores.scatter_add_(1, votes[:, :n], weights[:, :n]).argmax(1))
-    return {n: torch.cat(parts) if parts else labels.new_zeros(0) for n, parts in predictions.items()}
+            scores = torch.zeros(len(votes), len(classes), dtype=torch.float64, device=queries.device)
+            predictions[n].append(classes[scores.scatter_add_(1, votes[:, :n], weights[:, :n]).argmax(1)])
+    return {n: torch.cat(parts) for n, parts in predictions.items()}
 
 
 def knn_accuracy(
-    bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: Sequence[int] = NEIGHBOURS, **settings
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: Collection[int] = NEIGHBOURS, **settings
 ) -> dict[int, float]:
     """`{k: part of the queries whose weighted vote is their label}`, in [0, 1]; `settings` as in `knn`."""
-    if labels.shape != queries.shape[:1] or not len(labels):
-        raise ValueError(f"knn_accuracy: {len(queries)} queries and {tuple(labels.shape)} labels")
+    if labels.shape != queries.shape[:1]:
+        raise ValueError(
+            f"knn_accuracy: {len(queries)} queries need as many labels, one class each; got {tuple(labels.shape)}"
+        )
+    if not len(labels):
+        raise ValueError("knn_accuracy: there is no query")
     predicted = knn(bank, bank_labels, queries, k, **settings)
     return {n: (p.cpu() == labels.cpu()).double().mean().item() for n, p in predicted.items()}
 
@@ -182,11 +200,10 @@ def cka(before: Tensor, after: Tensor) -> float:
     Raises `ValueError` where one side is the same for all images.
     """
     _check_pair("cka", before, after)
-    x, y = (f.double() - f.double().mean(0) for f in (before, after))
-    own = (x.T @ x).norm() * (y.T @ y).norm()
-    if own == 0:
+    if any((f == f[:1]).all() for f in (before, after)):
         raise ValueError("cka: the features of all images are the same on one side; there is nothing to align")
-    return ((x.T @ y).norm() ** 2 / own).item()
+    x, y = (f.double() - f.double().mean(0) for f in (before, after))
+    return ((x.T @ y).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm())).item()
 
 
 def measure(
@@ -196,7 +213,7 @@ def measure(
     *,
     before: Tensor | None = None,
     off: Callable[[nn.Module], AbstractContextManager] | None = None,
-    k: Sequence[int] = NEIGHBOURS,
+    k: Collection[int] = NEIGHBOURS,
     batch_size: int = 256,
     **settings,
 ) -> dict[str, dict]:

@@ -67,6 +67,7 @@ def few_shot_head(
     freezes it). Raises `ValueError`, the model unchanged, for a model without one linear classifier, and a weight of
     another shape.
     """
+    surgery.check_whole("few_shot_head", num_classes=num_classes)
     names = surgery.head_modules(model)
     old = model.get_submodule(names[0]) if len(names) == 1 else None
     if isinstance(old, nn.Identity):
@@ -118,16 +119,26 @@ def language_head(embeddings: str | Path | Mapping[str, Tensor], classes: Sequen
         hint = f"; did you mean {near[0]!r}?" if near else ""
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise ValueError(f"language_head: {where} has no embedding of {', '.join(missing[:5])}{more}{hint}")
+    if not classes:
+        raise ValueError("language_head: no class is named")
     rows = []
     for name in classes:
-        vectors = torch.as_tensor(np.asarray(found[name]) if isinstance(found[name], list) else found[name]).float()
+        try:
+            vectors = torch.as_tensor(np.asarray(found[name]) if isinstance(found[name], list) else found[name]).float()
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(
+                f"language_head: the embedding of {name!r} in {where} is no array of numbers, (D,) or (prompts, D)"
+            ) from None
         vectors = vectors[None] if vectors.ndim == 1 else vectors
         if vectors.ndim != 2 or 0 in vectors.shape or not vectors.isfinite().all() or (vectors == 0).all(1).any():
             raise ValueError(
                 f"language_head: the embedding of {name!r} in {where} is {tuple(vectors.shape)}; it must be (D,) or "
                 "(prompts, D), finite and not zero"
             )
-        rows.append(F.normalize(F.normalize(vectors, dim=1).mean(0), dim=0))
+        mean = F.normalize(vectors, dim=1).mean(0)
+        if mean.norm() < 1e-6:
+            raise ValueError(f"language_head: the prompts of {name!r} in {where} cancel each other, their mean is zero")
+        rows.append(F.normalize(mean, dim=0))
     widths = sorted({len(row) for row in rows})
     if len(widths) > 1:
         raise ValueError(f"language_head: the embeddings in {where} have different widths: {widths}")

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from leanvit.surgery import Report, count, freeze, head_parameters, replace
+from leanvit.surgery import Report, check_whole, count, fold, freeze, head_parameters, refuse_adapted, replace
 
 _ORDER = 16  # the transform goes along axes of at most this length, each a matrix product: the fastest of 2 to 256
 
@@ -82,6 +82,7 @@ class Subspace(nn.Module):
         self.base = base
         parameters = dict(base.named_parameters())
         device = next(iter(parameters.values())).device
+        self.settings = {"seed": seed}  # `state.load` compares it: a z belongs to its map
         self.intrinsic_z = nn.Parameter(torch.zeros(d, device=device)) if d else None
         generator = torch.Generator().manual_seed(seed)
         # a module's name may not hold a dot
@@ -133,16 +134,18 @@ def attach(model: nn.Module, name: str, d: int, seed: int = 0) -> Report:
         d: directions, 0 to train the head alone. seed: of the map; a saved z belongs to it.
 
     Raises `ValueError` for a name that is none, a d below 0 or above the module's number of parameters, and where a
-    subspace is attached already; the model is then as it was.
+    subspace or an adapter is attached already; the model is then as it was.
     """
     module = _module(model, name, "intrinsic")
     size = sum(p.numel() for p in module.parameters())
     if isinstance(d, bool) or not isinstance(d, int) or not 0 <= d <= size:
         raise ValueError(f"intrinsic: d={d!r} must be a whole number from 0 to {size}, the parameters of {name}")
-    if any(isinstance(m, Subspace) for m in model.modules()):
+    check_whole("intrinsic", 0, seed=seed)
+    if any(isinstance(m, Subspace) for m in model.modules()):  # one of d = 0 has no parameter to be told by
         raise ValueError(
             f"intrinsic: {type(model).__name__} has a subspace already; merge(model) or detach(model) first"
         )
+    refuse_adapted(model, "intrinsic")
     head = head_parameters(model)
     inside = [n for n in head if n.startswith(name + ".")]
     if inside:
@@ -177,7 +180,7 @@ def _subspace(model: nn.Module, what: str) -> tuple[str, Subspace]:
 def merge(model: nn.Module) -> None:
     """Make `theta_0 + P z` the weights; the stock module is back, with the same outputs."""
     name, subspace = _subspace(model, "merge")
-    replace(model, name, subspace.merged())
+    fold(model, name, subspace.merged(), "a subspace")
 
 
 def detach(model: nn.Module) -> None:

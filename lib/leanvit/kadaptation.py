@@ -33,8 +33,7 @@ from torch import Tensor, nn
 from leanvit import qkv
 from leanvit.kernels import lowrank
 from leanvit.qkv import Rows, Shifted
-from leanvit.sites import separate_qkv_bias
-from leanvit.surgery import Match, Report, count, freeze, head_parameters, refuse_adapted, replace
+from leanvit.surgery import Match, Report, check_whole, count, freeze, head_parameters, refuse_adapted
 
 MODES = ("fixed", "paper", "released")
 SHARED = (False, "rules", "factors", True)
@@ -102,9 +101,11 @@ class Rules(nn.Module):
             self.kad_s = start.rule(n, n, rank, std=n**-0.5)
             self.kad_t = start.rule(n, n, rank, std=n**-0.5)
 
-    def matrices(self) -> Tensor:
-        """`(n, n, n)`: A_i[a, c]."""
-        return self.kad_a if self.rank is None else self.kad_s @ self.kad_t.mT
+    def matrices(self, dtype: torch.dtype | None = None) -> Tensor:
+        """`(n, n, n)`: A_i[a, c]; `dtype` converts the factors before they are multiplied."""
+        if self.rank is None:
+            return self.kad_a.to(dtype=dtype)
+        return self.kad_s.to(dtype=dtype) @ self.kad_t.to(dtype=dtype).mT
 
     def extra_repr(self) -> str:
         return f"n={self.n}, rank={'full' if self.rank is None else self.rank}"
@@ -144,6 +145,7 @@ class Kronecker(nn.Module):
         self.kad_bias = start.zeros(rows.width) if bias and partner is None else None
         self.has_bias = bias
         self.elsewhere = (rules, partner)  # a tuple: not registered
+        self.settings = {"class": type(self).__name__, "scale": scale}  # `state.load` compares them
 
     @property
     def rules(self) -> Rules:
@@ -161,14 +163,12 @@ class Kronecker(nn.Module):
 
     def matrix(self, dtype: torch.dtype | None = None) -> Tensor:
         """H `(k, m)` without the scale; `dtype` converts the factors before they are multiplied."""
-        u, v = self.pair()
-        rules = self.rules
-        if dtype is not None:
-            u, v = u.to(dtype), v.to(dtype)
-            if rules.rank is None:
-                return lowrank.kronecker_sum(rules.kad_a.to(dtype), u, v)
-            return lowrank.kronecker_sum(rules.kad_s.to(dtype) @ rules.kad_t.to(dtype).mT, u, v)
-        return lowrank.kronecker_sum(rules.matrices(), u, v)
+        u, v = (factor.to(dtype=dtype) for factor in self.pair())
+        return lowrank.kronecker_sum(self.rules.matrices(dtype), u, v)
+
+    def masked(self) -> Tensor:
+        """`scale * H (k, m)`, under its dropout in a training step."""
+        return self.scale * F.dropout(self.matrix(), self.dropout, self.training)
 
     def weight(self) -> Tensor:
         """`scale * H^T (m, k)`, from the factors in float64: in float32 its rank would drown in rounding."""
@@ -187,7 +187,7 @@ class Kronecker(nn.Module):
         if factors is not None:
             y = (x @ factors[0]) @ factors[1].T
         elif self.training and self.dropout:
-            y = x @ (self.scale * F.dropout(self.matrix(), self.dropout))
+            y = x @ self.masked()
         else:
             u, v = self.pair()
             y = lowrank.kronecker_apply(x, self.rules.kad_a, u, self.scale * v)
@@ -210,11 +210,7 @@ class Released(Kronecker):
         """It is no matrix on the channels: it mixes tokens and images."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 3:
-            raise ValueError(f"kadaptation: mode 'released' is defined on tokens (B, N, C), got {tuple(x.shape)}")
-        h = self.matrix()
-        y = x @ (self.scale * (F.dropout(h, self.dropout) if self.training and self.dropout else h))
-        bias = self.bias()
+        y, bias = x @ self.masked(), self.bias()
         y = qkv.scrambled(y if bias is None else y + bias, self.heads)
         return y * math.sqrt(self.width // self.heads) if self.role == "q" else y
 
@@ -222,16 +218,10 @@ class Released(Kronecker):
 # --- attach, merge, detach -------------------------------------------------------------------------------------------
 
 
-def _whole(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"kadaptation: {name}={value!r} must be a whole number of at least 1")
-
-
-def _check(mode: str, n: int, rank: int, rule_rank: int | None, share_qv: bool | str, dropout: float, scale: float):
-    if mode not in MODES:
-        raise ValueError(f"kadaptation: mode={mode!r} is not one of {', '.join(MODES)}")
-    for name, value in (("n", n), ("rank", rank), ("rule_rank", 1 if rule_rank is None else rule_rank)):
-        _whole(name, value)
+def _check_settings(
+    mode: str, n: int, rank: int, rule_rank: int | None, share_qv: bool | str, dropout: float, scale: float
+):
+    check_whole("kadaptation", n=n, rank=rank, rule_rank=1 if rule_rank is None else rule_rank)
     if share_qv not in SHARED:
         raise ValueError(f"kadaptation: share_qv={share_qv!r} is not one of False, 'rules', 'factors', True (both)")
     if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
@@ -244,19 +234,6 @@ def _check(mode: str, n: int, rank: int, rule_rank: int | None, share_qv: bool |
         )
 
 
-def _rows(model: nn.Module, match: Match | None) -> list[Rows]:
-    rows = qkv.find(model)
-    if not rows:
-        raise ValueError(
-            f"kadaptation: {type(model).__name__} has no attention whose queries and values are linear rows"
-        )
-    chosen = [r for r in rows if match is None or match(r.layer, model.get_submodule(r.layer))]
-    if not chosen:
-        some = ", ".join(dict.fromkeys(r.layer for r in rows[:4]))
-        raise ValueError(f"kadaptation: match chose none of the layers {some}, …")
-    return chosen
-
-
 def _check_widths(rows: list[Rows], n: int) -> None:
     widths = sorted({w for r in rows for w in (r.inputs, r.width)})
     if any(w % n for w in widths):
@@ -266,19 +243,6 @@ def _check_widths(rows: list[Rows], n: int) -> None:
             f"kadaptation: n={n} does not divide the widths {', '.join(map(str, widths))} of {rows[0].layer}"
             f"{' and others' if len(widths) > 1 else ''}; n that do: {', '.join(map(str, fitting)) or 'none but 1'}"
         )
-
-
-def _check_released(model: nn.Module, rows: list[Rows]) -> None:
-    for r in rows:
-        attention = model.get_submodule(r.attention)
-        # queries that are normed (SwinV2: to length one) or turned (RoPE) after the layer
-        other = any(hasattr(attention, name) for name in ("logit_scale", "rotate_half"))
-        normed = not isinstance(getattr(attention, "q_norm", nn.Identity()), nn.Identity)
-        if other or normed or r.width % r.heads or not r.layer.endswith("qkv"):
-            raise ValueError(
-                f"kadaptation: mode 'released' is defined for a fused qkv whose queries are only divided by "
-                f"sqrt(head width), not for {r.attention} ({type(attention).__name__})"
-            )
 
 
 def attach(
@@ -299,7 +263,7 @@ def attach(
 
     Args:
         model: any timm model whose attentions have a fused `qkv`, or `q_proj` and `v_proj`; `(B, N, C)` or any
-            other `(..., C)`. A model that was merged is a stock model, and may be attached to again.
+            other `(..., C)`.
         n: terms of the sum and side of A_i; it divides every width (default 32). rank: r of B_i = u_i v_i^T.
         rule_rank: rA of A_i = s_i t_i^T, or None for full A_i.
         mode: "fixed", "paper" or "released" (see above).
@@ -316,19 +280,22 @@ def attach(
 
     Raises:
         ValueError: no attention or none chosen, n that does not divide a width, an argument out of range, an adapter
-            that is there already; the model is then as it was.
+            that is there already or was merged into the weights; the model is then as it was.
     """
-    terms, factor = 32 if n is None else n, SCALES.get(mode, 1.0) if scale is None else scale
-    _check(mode, terms, rank, rule_rank, share_qv, dropout, factor)
+    if mode not in MODES:
+        raise ValueError(f"kadaptation: mode={mode!r} is not one of {', '.join(MODES)}")
+    terms, factor = 32 if n is None else n, SCALES[mode] if scale is None else scale
+    _check_settings(mode, terms, rank, rule_rank, share_qv, dropout, factor)
+    check_whole("kadaptation", 0, seed=0 if seed is None else seed)
     if isinstance(model, nn.Sequential):
         raise ValueError(
             "kadaptation: the shared A_i would become a step of this nn.Sequential; attach to the ViT in it"
         )
     refuse_adapted(model, "kadaptation")
-    rows = _rows(model, match)
+    rows, skipped = qkv.choose(model, "kadaptation", match)
     _check_widths(rows, terms)
     if mode == "released":
-        _check_released(model, rows)
+        qkv.check_scrambled(model, rows, "kadaptation: mode 'released'")
 
     start = Start(mode, seed, model.get_submodule(rows[0].layer).weight)
     one_set = share_qv in (True, "rules")
@@ -353,24 +320,26 @@ def attach(
 
     head = head_parameters(model)
     freeze(model, keep=head.__contains__)
-    separated = separate_qkv_bias(model, lambda name, module: name in deltas)
-    for layer, own in deltas.items():
-        replace(model, layer, Shifted(model.get_submodule(layer), own))
-    model.kad_rules = rules
     notes = [
         f"mode {mode}: {terms} terms, scale {factor:g}, {sum(p.numel() for p in rules.parameters()):,} numbers shared"
     ]
-    if separated:
-        notes.append("qkv biases are added apart from the layer (qkv_bias_separate), so that qkv is called")
-    skipped = {r.layer: "not matched" for r in qkv.find(model) if r.layer not in deltas}
+    notes += qkv.install(model, deltas)
+    model.kad_rules = rules
     return Report(f"KAdaptation ({mode})", list(deltas), skipped, *count(model), notes)
 
 
-def _attached(model: nn.Module, what: str) -> list[tuple[str, Shifted]]:
+def _attached(model: nn.Module, what: str) -> tuple[list[tuple[str, Shifted]], nn.Module]:
+    """The adapted layers and the module that owns the A_i: `model`, or a part of it where it was wrapped since."""
     layers = qkv.shifted(model, Kronecker)
     if not layers:
         raise ValueError(f"{what}: KAdaptation is not attached to this {type(model).__name__}")
-    return layers
+    owner = next((m for m in model.modules() if "kad_rules" in m._modules), None)
+    if owner is None:
+        raise ValueError(
+            f"{what}: the A_i that {layers[0][0]} shares with other layers are not in this {type(model).__name__}; "
+            "give the whole model that was attached to"
+        )
+    return layers, owner
 
 
 def merge(model: nn.Module) -> None:
@@ -379,16 +348,16 @@ def merge(model: nn.Module) -> None:
     Where the stock layer and its attention have no bias, the layer gets one (timm then needs `qkv_bias=True`).
     Raises `ValueError` where nothing is attached, and for mode "released", which is no weight.
     """
-    layers = _attached(model, "merge")
+    layers, owner = _attached(model, "merge")
     for name, layer in layers:
         if any(isinstance(getattr(layer, role), Released) for role in layer.first):
             raise ValueError(f"merge: mode 'released' ({name}) mixes tokens and images, which no weight of it does")
-    qkv.merge(model, Kronecker)
-    del model.kad_rules
+    qkv.merge(model, Kronecker, "KAdaptation")
+    del owner.kad_rules
 
 
 def detach(model: nn.Module) -> None:
     """Drop the updates: the layers that KAdaptation found, bit for bit. What may be trained stays as it is."""
-    _attached(model, "detach")
+    _, owner = _attached(model, "detach")
     qkv.detach(model, Kronecker)
-    del model.kad_rules
+    del owner.kad_rules

@@ -378,7 +378,6 @@ def _exact_reason(site: Site, rank: int, order: int, device: str) -> str | None:
 
 
 ATTACHED = "lbp_wht_attached"  # attribute of a model between attach and detach, also when every layer stays exact
-ADAPTERS = ("lora_", "kad_", "adapter_")  # prefixes of trained parameters that sit on frozen layers
 
 
 def _train_scope(model: nn.Module, scope: str | None) -> None:
@@ -386,11 +385,11 @@ def _train_scope(model: nn.Module, scope: str | None) -> None:
         return
     if scope not in ("full", "last"):
         raise ValueError(f"scope {scope!r} is not one of 'full', 'last' (the last stage and the head) or None")
-    adapter = next((n for n, _ in model.named_parameters() if n.rpartition(".")[2].startswith(ADAPTERS)), None)
+    adapter = surgery.adapter(model)
     if adapter is not None:
         raise ValueError(
-            f"scope {scope!r} would unfreeze the weights under {adapter}; use scope=None beside adapters, which leaves "
-            "what is trained alone"
+            f"scope {scope!r} would unfreeze the weights under {adapter[0]}; use scope=None beside adapters, which "
+            "leaves what is trained alone"
         )
     stage = last_stage(model) if scope == "last" else ("",)
     head = surgery.head_parameters(model)

@@ -26,11 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leanvit import qkv
-from leanvit.qkv import Shifted
+from leanvit.qkv import SEPARATED
 from leanvit.sites import separate_qkv_bias
 from leanvit.surgery import (
     Match,
     Report,
+    check_whole,
     count,
     freeze,
     head_modules,
@@ -45,7 +46,6 @@ from leanvit.surgery import (
 ATTENTION = {"attn", "attention", "self_attn", "token_mixer"}
 PROJECTIONS = {"qkv", "q", "k", "v", "kv", "proj", "q_proj", "k_proj", "v_proj", "out_proj"}
 TALKING_HEADS = {"talking_head1", "talking_head2"}
-SEPARATED = "qkv biases are added apart from the layer (qkv_bias_separate), so that qkv is called"
 
 
 def attention_projections(name: str, module: nn.Module) -> bool:
@@ -62,6 +62,7 @@ class LowRank(nn.Module):
         super().__init__()
         kind = {"dtype": like.dtype, "device": like.device}
         self.rank, self.scale = rank, alpha / rank
+        self.settings = {"class": type(self).__name__, "scale": self.scale}  # `state.load` compares them
         self.lora_A = nn.Parameter(torch.empty(rank, inputs, **kind))
         self.lora_B = nn.Parameter(torch.zeros(outputs, rank, **kind))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
@@ -130,16 +131,7 @@ class Scrambled(LowRank):
         """It is no matrix on the channels."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 3:
-            raise ValueError(f"lora_scrambled: the released code has tokens (B, N, C), got {tuple(x.shape)}")
         return self.gain * qkv.scrambled(super().forward(x), self.heads)
-
-
-def check_rank(method: str, **ranks: int) -> None:
-    """Raise `ValueError` for a rank or a width that is no whole number of at least 1."""
-    for name, value in ranks.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{method}: {name}={value!r} must be a whole number of at least 1")
 
 
 def _check_alpha(method: str, alpha: float) -> None:
@@ -168,7 +160,7 @@ def lora(
     Raises `ValueError` when nothing matches, when an adapter is there already, or for a rank below 1.
     """
     alpha = rank if alpha is None else alpha
-    check_rank("lora", rank=rank, qkv_rank=rank if qkv_rank is None else qkv_rank)
+    check_whole("lora", rank=rank, qkv_rank=rank if qkv_rank is None else qkv_rank)
     _check_alpha("lora", alpha)
     refuse_adapted(model, "lora")
     heads = head_modules(model)
@@ -194,29 +186,17 @@ def _on_queries_and_values(
     model: nn.Module, method: str, rank: int, alpha: float, match: Match | None, make: Make
 ) -> Report:
     """Add the deltas `make(rows, weight)` to the queries and values of every attention that matches."""
-    check_rank(method, rank=rank)
+    check_whole(method, rank=rank)
     _check_alpha(method, alpha)
     refuse_adapted(model, method)
-    head, layers = need_head(model, method), {}
-    for rows in qkv.find(model):
-        layers.setdefault(rows.layer, []).append(rows)
-    found = [n for n in layers if match is None or match(n, model.get_submodule(n))]
-    if not found:
-        some = f"; its query and value layers are {', '.join([*layers][:4])}, …" if layers else ""
-        raise ValueError(
-            f"{method}: no attention {'of these' if layers else 'with linear queries and values'} matches in "
-            f"{type(model).__name__}{some}"
-        )
-    shifted = {}
-    for name in found:
-        base = model.get_submodule(name)
-        shifted[name] = Shifted(base, {r.role: (r.first, make(r, base.weight)) for r in layers[name]})
+    head = need_head(model, method)
+    rows, skipped = qkv.choose(model, method, match)
+    deltas: dict[str, dict[str, tuple[int, nn.Module]]] = {}
+    for r in rows:
+        deltas.setdefault(r.layer, {})[r.role] = (r.first, make(r, model.get_submodule(r.layer).weight))
     freeze(model, keep=head.__contains__)
-    separated = separate_qkv_bias(model, lambda n, m: n in found)
-    for name, module in shifted.items():
-        replace(model, name, module)
-    skipped = {n: "not matched" for n in layers if n not in found}
-    return Report(method, found, skipped, *count(model), [SEPARATED] if separated else [])
+    notes = qkv.install(model, deltas)
+    return Report(method, [*deltas], skipped, *count(model), notes)
 
 
 def lora_qv(model: nn.Module, rank: int = 4, alpha: float | None = None, match: Match | None = None) -> Report:
@@ -241,10 +221,14 @@ def lora_scrambled(model: nn.Module, rank: int = 4, alpha: float = 128.0, match:
     """A demonstration, not for use: LoRA as KAdaptation's released code computes it, see `Scrambled`.
 
     The defaults are the released ones (scale 32). Identity at the start; as soon as B is not zero, the logits of an
-    image depend on the other images of its batch. Raises as `lora_qv`.
+    image depend on the other images of its batch. Raises as `lora_qv`, and for an attention of another kind (normed or
+    rotated queries, a qkv that is not fused).
     """
-    report = _on_queries_and_values(
-        model, "lora_scrambled", rank, alpha, match, lambda rows, like: Scrambled(rows, rank, alpha, like)
-    )
+
+    def make(rows: qkv.Rows, like: Tensor) -> LowRank:
+        qkv.check_scrambled(model, [rows], "lora_scrambled")
+        return Scrambled(rows, rank, alpha, like)
+
+    report = _on_queries_and_values(model, "lora_scrambled", rank, alpha, match, make)
     report.notes.append("a demonstration of a defect: predictions depend on the other images of the batch")
     return report

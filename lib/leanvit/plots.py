@@ -67,7 +67,10 @@ def tiles(
 
 
 def heatmap(ax: Axes, values, rows: Sequence, columns: Sequence, *, label: str | None, numbers: str = "", **imshow):
-    """A matrix with named rows and columns; `label` of the colour bar (None: no bar), `numbers` a format for cells."""
+    """A matrix with named rows and columns; `label` of the colour bar (None: no bar), `numbers` a format for cells.
+
+    A cell that is NaN reads "–".
+    """
     values = np.asarray(values, dtype=float)
     image = ax.imshow(values, aspect="auto", **imshow)
     ax.grid(False)
@@ -77,7 +80,8 @@ def heatmap(ax: Axes, values, rows: Sequence, columns: Sequence, *, label: str |
         dark = image.norm(values) < 0.55
         for (i, j), value in np.ndenumerate(values):
             ink = "white" if dark[i, j] else "black"
-            ax.text(j, i, format(value, numbers), ha="center", va="center", fontsize=7, color=ink)
+            text = "–" if np.isnan(value) else format(value, numbers)
+            ax.text(j, i, text, ha="center", va="center", fontsize=7, color=ink)
     if label is not None:
         ax.figure.colorbar(image, ax=ax, label=label)
     return image
@@ -92,7 +96,7 @@ def looks(names: Iterable[str]) -> dict[str, dict[str, str]]:
 
 def trade_off(
     ax: Axes,
-    points: Mapping[str, tuple[float, Mapping]],
+    points: Mapping[str, tuple[float | Mapping, Mapping]],
     look: Mapping[str, Mapping[str, str]],
     *,
     joined: Sequence[str] = (),
@@ -101,21 +105,22 @@ def trade_off(
 ) -> None:
     """Quality over cost: `{name: (cost, {"mean", "std"})}`, with bars of one standard deviation.
 
-    A line joins the names in `joined` (one method at several settings); `floor` is a name and summary without a cost,
-    drawn as a band; `hollow` markers are for numbers that are not ours.
+    A cost may be a summary, too. A line joins the names in `joined` (one method at several settings); `floor` is a
+    name and summary without a cost, drawn as a band; `hollow` markers are for numbers that are not ours.
     """
-    line = [points[name] for name in joined if name in points]
-    ax.plot([x for x, _ in line], [y["mean"] for _, y in line], color=GREY, lw=1, zorder=1)
+    costs = {name: x if isinstance(x, Mapping) else {"mean": x, "std": 0} for name, (x, _) in points.items()}
+    line = [name for name in joined if name in points]
+    ax.plot([costs[n]["mean"] for n in line], [points[n][1]["mean"] for n in line], color=GREY, lw=1, zorder=1)
     if floor is not None:
         mean, std = floor[1]["mean"], floor[1]["std"]
         ax.axhline(mean, color=GREY, ls="--", lw=1)
         ax.axhspan(mean - std, mean + std, color=GREY, alpha=0.15, lw=0)
         place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "ha": "right"}
         ax.annotate(floor[0], (1, mean), (-2, 3), color=GREY, **place)
-    for name, (x, y) in points.items():
+    for name, (_, y) in points.items():
         face = "white" if hollow else look[name]["color"]
         style = {**look[name], "ls": "none", "mfc": face, "capsize": 3, "label": name, "zorder": 3}
-        ax.errorbar(x, y["mean"], yerr=y["std"] or None, **style)
+        ax.errorbar(costs[name]["mean"], y["mean"], xerr=costs[name]["std"] or None, yerr=y["std"] or None, **style)
 
 
 def log_axis(ax: Axes) -> None:
@@ -142,6 +147,27 @@ def dots(ax: Axes, results: Mapping[str, Mapping], colors: Sequence[str]) -> Non
         ax.plot(result["values"], [i + 0.2] * len(result["values"]), "|", color=color, alpha=0.7)
     ax.set(yticks=range(len(results)), ylim=(len(results) - 0.5, -0.5))
     ax.set_yticklabels(results)
+
+
+def block_stack(ax: Axes, depth: int, sources: Sequence[int], *, height: int | None = None) -> None:
+    """The blocks of a transformer, its input at the bottom, with a copy on top of each block in `sources` (from 0).
+
+    Numbers on the left are places in the expanded stack, those in the boxes the original blocks. What learns is
+    coloured; frozen blocks in front of the first copy, which need no backward pass, are pale. `height`: rows to leave
+    room for, so that panels side by side have boxes of one size.
+    """
+    names = [(old, copied) for old in range(depth) for copied in (False, True)[: 1 + (old in sources)]]
+    for place, (old, copied) in enumerate(names):
+        color = BLUE if copied else "#C9C9C9" if old > min(sources) else "#EFEFEF"
+        ax.barh(place, 1, height=0.84, color=color, edgecolor="#999999", lw=0.5)
+        style = {"color": "white" if copied else "black", "fontsize": 7}
+        ax.text(0.5, place, f"copy of {old}" if copied else str(old), ha="center", va="center", **style)
+    ax.barh(len(names), 1, height=0.84, color=BLUE, edgecolor="#999999", lw=0.5)
+    ax.text(0.5, len(names), "head", ha="center", va="center", color="white", fontsize=7)
+    ax.set(xticks=[], xlim=(0, 1), ylim=(-0.6, (height or len(names)) + 0.6), yticks=range(len(names)))
+    ax.tick_params(axis="y", labelsize=6, length=0)
+    ax.spines[:].set_visible(False)
+    ax.grid(False)
 
 
 def paint(verdict: str) -> str:

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from leanvit.kernels import lowrank
-from leanvit.sites import join_qkv_bias
-from leanvit.surgery import head_modules, replace
+from leanvit.sites import join_qkv_bias, separate_qkv_bias
+from leanvit.surgery import Match, fold, head_modules, replace
+
+SEPARATED = "qkv biases are added apart from the layer (qkv_bias_separate), so that qkv is called"
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,21 @@ def find(model: nn.Module, roles: tuple[str, ...] = ("q", "v")) -> list[Rows]:
                 inputs = getattr(module, layer).in_features
                 found.append(Rows(name, role, full, first, width, inputs, count))
     return found
+
+
+def choose(model: nn.Module, method: str, match: Match | None) -> tuple[list[Rows], dict[str, str]]:
+    """The rows of `find` whose layer matches (`match(name, layer)`, default all), and why the others were skipped.
+
+    Raises `ValueError`, in the name of `method`, where there are none.
+    """
+    rows = find(model)
+    layers = list(dict.fromkeys(r.layer for r in rows))
+    if not rows:
+        raise ValueError(f"{method}: {type(model).__name__} has no attention whose queries and values are linear rows")
+    chosen = [n for n in layers if match is None or match(n, model.get_submodule(n))]
+    if not chosen:
+        raise ValueError(f"{method}: match chose none of the query and value layers {', '.join(layers[:4])}, …")
+    return [r for r in rows if r.layer in chosen], {n: "not matched" for n in layers if n not in chosen}
 
 
 class Shifted(nn.Module):
@@ -122,12 +139,20 @@ def shifted(model: nn.Module, kind: type[nn.Module]) -> list[tuple[str, Shifted]
     return [(name, m) for name, m in layers if all(isinstance(getattr(m, role), kind) for role in m.first)]
 
 
-def merge(model: nn.Module, kind: type[nn.Module]) -> None:
+def install(model: nn.Module, deltas: Mapping[str, Mapping[str, tuple[int, nn.Module]]]) -> list[str]:
+    """Put `Shifted` with `deltas[layer]` around every layer named; returns notes for a `Report`."""
+    separated = separate_qkv_bias(model, lambda name, module: name in deltas)
+    for layer, own in deltas.items():
+        replace(model, layer, Shifted(model.get_submodule(layer), own))
+    return [SEPARATED] if separated else []
+
+
+def merge(model: nn.Module, kind: type[nn.Module], title: str) -> None:
     """Fold the deltas of class `kind` into the stock layers, which take their places again."""
     for name, layer in shifted(model, kind):
         attention = model.get_submodule(name.rpartition(".")[0])
         biases = {role: getattr(attention, f"{role}_bias", None) for role in layer.first}
-        replace(model, name, layer.merged(biases))
+        fold(model, name, layer.merged(biases), title)
     join_qkv_bias(model)
 
 
@@ -138,12 +163,28 @@ def detach(model: nn.Module, kind: type[nn.Module]) -> None:
     join_qkv_bias(model)
 
 
+def check_scrambled(model: nn.Module, rows: list[Rows], method: str) -> None:
+    """Raise `ValueError` for an attention to which the released computation (`scrambled`) has no counterpart."""
+    for r in rows:
+        attention = model.get_submodule(r.attention)
+        # queries that are normed (SwinV2, XCiT: to length one) or turned (RoPE) after the layer
+        other = any(hasattr(attention, name) for name in ("logit_scale", "temperature", "rotate_half"))
+        normed = not isinstance(getattr(attention, "q_norm", nn.Identity()), nn.Identity)
+        if other or normed or r.width % r.heads or not r.layer.endswith("qkv"):
+            raise ValueError(
+                f"{method} is defined for a fused qkv whose queries are only divided by sqrt(head width), not for "
+                f"{r.attention} ({type(attention).__name__})"
+            )
+
+
 def scrambled(delta: Tensor, heads: int) -> Tensor:
     """What the released KAdaptation and its LoRA add for `delta (B, N, C)` (KAdaptation's specification, 1.6c).
 
     They hold the delta as (tokens, batch, C) and read that memory as (batch * heads, tokens, C / heads), without the
     transpose that belongs there: tokens, heads and the images of a batch are mixed. In the order of `qkv`'s output.
     """
+    if delta.dim() != 3:
+        raise ValueError(f"the released update is defined on tokens (B, N, C), got {tuple(delta.shape)}")
     images, tokens, width = delta.shape
     memory = delta.transpose(0, 1).reshape(images, heads, tokens, width // heads)
     return memory.transpose(1, 2).reshape(delta.shape)

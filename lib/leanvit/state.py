@@ -32,6 +32,12 @@ def changed_names(model: nn.Module) -> list[str]:
     return [n for n in _tensors(model) if n not in parameters or parameters[n].requires_grad or n in head]
 
 
+def _settings(model: nn.Module) -> dict[str, dict]:
+    """By module: what its tensors do not tell and its outputs depend on, in an attribute `settings` (a JSON dict)."""
+    found = {n: getattr(m, "settings", None) for n, m in model.named_modules()}
+    return {n: s for n, s in found.items() if isinstance(s, dict)}
+
+
 def _near(name: str, candidates: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(candidates), n=1)
     return f" (did you mean {close[0]}?)" if close else ""
@@ -56,7 +62,7 @@ def save(model: nn.Module, path: str | Path, *, names: Iterable[str] | None = No
     except (TypeError, ValueError) as error:
         raise TypeError(f"save: the header is not JSON: {error}") from error
     kept = {n: list(t.shape) for n, t in tensors.items() if n not in set(chosen)}
-    metadata = {"format": "pt", "header": text, "kept": json.dumps(kept)}
+    metadata = {"format": "pt", "header": text, "kept": json.dumps(kept), "settings": json.dumps(_settings(model))}
     # clones: safetensors refuses tensors that share memory (tied weights)
     stored = {n: tensors[n].detach().cpu().clone(memory_format=torch.contiguous_format) for n in chosen}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -93,8 +99,9 @@ def read_header(path: str | Path) -> dict:
 def load(model: nn.Module, path: str | Path) -> dict:
     """Put the tensors of `path` into `model` (built and attached as it was when saved) and return the header.
 
-    Strict: `ValueError` lists every tensor that is missing in the file, unexpected, or of another shape, and then the
-    model is unchanged. Values are converted to the model's dtype and device.
+    Strict: `ValueError` lists every tensor that is missing in the file, unexpected, or of another shape, and every
+    adapter of another scale or mode, and then the model is unchanged. Values are converted to the model's dtype and
+    device.
     """
     stored, metadata = _read(path)
     tensors = _tensors(model)
@@ -112,6 +119,9 @@ def load(model: nn.Module, path: str | Path) -> dict:
         problems.append(f"missing in the file: {n} {tuple(tensors[n].shape)}")
     for n in [n for n in tensors if n in shapes and tuple(tensors[n].shape) != shapes[n]][:10]:
         problems.append(f"shape of {n}: {shapes[n]} in the file, {tuple(tensors[n].shape)} in the model")
+    mine, theirs = _settings(model), json.loads(metadata.get("settings", "{}"))
+    for n in [n for n in theirs if n in mine and theirs[n] != mine[n]][:10]:
+        problems.append(f"settings of {n}: {theirs[n]} in the file, {mine[n]} in the model")
     if problems:
         raise ValueError(
             f"load: {path} does not fit this model ({len(missing)} missing, {len(unexpected)} unexpected); nothing was "

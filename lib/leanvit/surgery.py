@@ -117,21 +117,45 @@ def need_head(model: nn.Module, method: str) -> set[str]:
     return head
 
 
+def check_whole(method: str, least: int = 1, /, **values: object) -> None:
+    """Raise `ValueError` for a value (a rank, a width, a seed) that is no whole number of at least `least`."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{method}: {name}={value!r} must be a whole number of at least {least}")
+
+
 # the first letters of a component of the names that an adapter trains
 ADAPTERS = {
-    "lora_": "LoRA",
-    "kad_": "KAdaptation",
-    "adapter_": "Adapter",
-    "compacter_": "Compacter",
-    "vera_": "VeRA",
-    "comcat_": "ComCAT's adapter",
-}
+    "lora_": "LoRA", "kad_": "KAdaptation", "adapter_": "Adapter", "compacter_": "Compacter", "vera_": "VeRA",
+    "intrinsic_": "a subspace", "comcat_": "ComCAT's adapter",
+}  # fmt: skip
+
+
+def adapter(model: nn.Module) -> tuple[str, str] | None:
+    """`(parameter's name, title)` of an adapter that is attached, told by the names, or None."""
+    for name, _ in model.named_parameters():
+        for component in name.split("."):
+            for prefix, title in ADAPTERS.items():
+                if component.startswith(prefix):
+                    return name, title
+    return None
+
+
+def fold(model: nn.Module, name: str, module: nn.Module, title: str) -> None:
+    """`replace` an adapter called `title` by the layer it was merged into, which keeps note of it."""
+    module.merged_by_leanvit = title
+    replace(model, name, module)
 
 
 def refuse_adapted(model: nn.Module, method: str) -> None:
-    """Raise `ValueError` when an adapter (told by its parameters' names) is attached: a second would freeze it."""
-    for name, _ in model.named_parameters():
-        for component in name.split("."):
-            there = next((title for prefix, title in ADAPTERS.items() if component.startswith(prefix)), None)
-            if there:
-                raise ValueError(f"{method}: this model has {there} already ({name}); merge or detach it first")
+    """Raise `ValueError` when an adapter is attached (a second would freeze it) or was merged into the weights."""
+    found = adapter(model)
+    if found is not None:
+        raise ValueError(f"{method}: this model has {found[1]} already ({found[0]}); merge or detach it first")
+    for name, module in model.named_modules():
+        title = getattr(module, "merged_by_leanvit", None)
+        if title is not None:
+            raise ValueError(
+                f"{method}: {title} was merged into {name}, so that this model's weights are not the pretrained ones; "
+                "to go on from them on purpose, load its state dict into a new model"
+            )
