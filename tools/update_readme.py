@@ -140,7 +140,8 @@ def text() -> str:
         *speed(clock),
         "",
         "**The ledger** puts every published number that could be found beside ours. What is not run needs weights and "
-        "data sets that are not here.",
+        "data sets that are not here. A trend holds here only where each difference it names is larger than its spread "
+        "over the seeds; with a few small grey images many are not.",
         "",
         *ledger("LBP-WHT", lbp),
         *ledger("KAdaptation", kad),
