@@ -187,3 +187,35 @@ def test_kronecker_apply_builds_nothing_of_the_size_of_h():
         lowrank.kronecker_apply(x, s @ t.mT, u, v)
     # u, A and v products, and the A_i themselves; x H alone would be 2 * tokens * k^2
     assert counter.get_total_flops() == 2 * tokens * (2 * k * n + n**3) + 2 * n**3
+
+
+def test_adding_into_an_output_is_the_op_without_its_copy():
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(12, 6, dtype=torch.float64)
+    p = [torch.randn(6, 3, dtype=torch.float64, requires_grad=True) for _ in "qv"]
+    q = [torch.randn(4, 3, dtype=torch.float64, requires_grad=True) for _ in "qv"]
+    b = [torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in "qv"]
+    wanted = (x, *p, *q, *b)
+    for bias in (b, None):
+        results = []
+        for into in (False, True):
+            y = torch.nn.functional.linear(x, weight)
+            out = lowrank.add(y, x, list(zip(p, q, strict=True)), bias, [0, 8], into=into)
+            assert (out.data_ptr() == y.data_ptr()) == into
+            grads = torch.autograd.grad(out.square().sum(), wanted, allow_unused=True)
+            results.append((out, *[g for g in grads if g is not None]))
+        assert len(results[0]) == 1 + len(wanted) - 2 * (bias is None)
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+    leaf = torch.zeros(2, 5, 12, dtype=torch.float64, requires_grad=True)
+    assert lowrank.add(leaf, x, [(p[0], q[0])], None, [0], into=True).data_ptr() != leaf.data_ptr()
+    view = torch.zeros(2, 6, 12, dtype=torch.float64)[:1]
+    assert lowrank.add(view, torch.zeros(1, 6, 6).double(), [(p[0], q[0])], None, [0], into=True) is not view
+
+
+def test_factors_differentiate():
+    torch.manual_seed(0)
+    shapes = ((4, 4, 2), (4, 4, 2), (4, 3, 2), (4, 5, 2))
+    s, t, u, v = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    assert torch.autograd.gradcheck(lowrank.factors, (s, t, u, v))

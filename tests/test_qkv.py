@@ -96,7 +96,7 @@ def test_shifted_adds_to_its_rows_and_leaves_the_keys(kind, bias):
 
 def test_factors_run_as_one_op(monkeypatch):
     calls = []
-    monkeypatch.setattr(lowrank, "add", lambda *a, add=lowrank.add: calls.append(a) or add(*a))
+    monkeypatch.setattr(lowrank, "add", lambda *a, add=lowrank.add, **k: calls.append(a) or add(*a, **k))
     base = nn.Linear(6, 15)
     Shifted(base, {"q": (0, Thin(6, 5)), "v": (10, Thin(6, 5))})(torch.randn(2, 6))
     assert len(calls) == 1

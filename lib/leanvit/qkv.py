@@ -100,7 +100,7 @@ class Shifted(nn.Module):
         factors = [delta.factors() if hasattr(delta, "factors") else None for delta in deltas]
         if all(pair is not None for pair in factors):
             bias = [b for b in (delta.bias() for delta in deltas) if b is not None]
-            return lowrank.add(y, x, factors, bias, list(self.first.values()))
+            return lowrank.add(y, x, factors, bias, list(self.first.values()), into=True)
         for first, delta in zip(self.first.values(), deltas, strict=True):
             shift = delta(x)
             y[..., first : first + shift.shape[-1]] += shift

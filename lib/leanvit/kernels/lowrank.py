@@ -16,6 +16,7 @@ kernel has been measured that beats them.
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 # --- the op ----------------------------------------------------------------------------------------------------------
@@ -50,19 +51,24 @@ def _check(y: Tensor, x: Tensor, p: Tensor, q: list[Tensor], bias: list[Tensor],
         raise ValueError(f"lowrank_add: biases of {[tuple(b.shape) for b in bias]} do not fit the rows of q")
 
 
-@torch.library.impl("leanvit::lowrank_add", "default")
-def _add(y: Tensor, x: Tensor, p: Tensor, q: list[Tensor], bias: list[Tensor], first: list[int]):
-    _check(y, x, p, q, bias, first)
+def _accumulate(y: Tensor, x: Tensor, p: Tensor, q: list[Tensor], bias: list[Tensor], first: list[int]) -> Tensor:
+    """Add to the rows of a contiguous `y` in place, and return `z = x P`."""
     z = x.reshape(-1, x.shape[-1]) @ p
-    out = y.clone(memory_format=torch.contiguous_format)
-    flat, column = out.view(-1, y.shape[-1]), 0
+    flat, column = y.view(-1, y.shape[-1]), 0
     for i, (start, weight) in enumerate(zip(first, q, strict=True)):
         rows = flat[:, start : start + weight.shape[0]]
         rows.addmm_(z[:, column : column + weight.shape[1]], weight.T)
         if bias:
             rows.add_(bias[i])
         column += weight.shape[1]
-    return out, z
+    return z
+
+
+@torch.library.impl("leanvit::lowrank_add", "default")
+def _add(y: Tensor, x: Tensor, p: Tensor, q: list[Tensor], bias: list[Tensor], first: list[int]):
+    _check(y, x, p, q, bias, first)
+    out = y.clone(memory_format=torch.contiguous_format)
+    return out, _accumulate(out, x, p, q, bias, first)
 
 
 @torch.library.register_fake("leanvit::lowrank_add")
@@ -78,9 +84,8 @@ def _setup(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, g: Tensor | None, g_z: Tensor | None):
-    x, p, z, *q = ctx.saved_tensors
-    need_y, need_x, need_p, need_q, need_bias = ctx.needs_input_grad[:5]
+def _gradients(ctx, g: Tensor | None, g_z: Tensor | None, x: Tensor, p: Tensor, z: Tensor, q: list[Tensor], needed):
+    """`(g_x, g_p, [g_q], [g_bias])`; `needed`: which of x, p, any q, any bias ask for one."""
     flat_x = x.reshape(-1, x.shape[-1])
     g_q, g_bias = [None] * len(q), [None] * ctx.biases
     if g is not None:
@@ -88,17 +93,46 @@ def _backward(ctx, g: Tensor | None, g_z: Tensor | None):
         parts = [flat[:, start : start + weight.shape[0]] for start, weight in zip(ctx.first, q, strict=True)]
         through = torch.cat([part @ weight for part, weight in zip(parts, q, strict=True)], dim=1)
         g_z = through if g_z is None else g_z + through
-        if any(need_q):
+        if needed[2]:
             pieces = z.split([weight.shape[1] for weight in q], dim=1)
             g_q = [part.T @ piece for part, piece in zip(parts, pieces, strict=True)]
-        if any(need_bias):
-            g_bias = [part.sum(0) for part in parts]
-    g_x = (g_z @ p.T).view(x.shape) if need_x and g_z is not None else None
-    g_p = flat_x.T @ g_z if need_p and g_z is not None else None
-    return g if need_y else None, g_x, g_p, g_q, g_bias, None
+        if needed[3]:
+            g_bias = [part.sum(0) for part in parts][: ctx.biases]
+    g_x = (g_z @ p.T).view(x.shape) if needed[0] and g_z is not None else None
+    g_p = flat_x.T @ g_z if needed[1] and g_z is not None else None
+    return g_x, g_p, g_q, g_bias
+
+
+def _backward(ctx, g: Tensor | None, g_z: Tensor | None):
+    x, p, z, *q = ctx.saved_tensors
+    need_y, need_x, need_p, need_q, need_bias = ctx.needs_input_grad[:5]
+    needed = (need_x, need_p, any(need_q), any(need_bias))
+    return g if need_y else None, *_gradients(ctx, g, g_z, x, p, z, q, needed), None
 
 
 torch.library.register_autograd("leanvit::lowrank_add", _backward, setup_context=_setup)
+
+
+class _AddInto(torch.autograd.Function):
+    """The op on a `y` that no one else holds: without its copy, differentiable once."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, x: Tensor, p: Tensor, first: list[int], count: int, *rest: Tensor) -> Tensor:
+        q, bias = list(rest[:count]), list(rest[count:])
+        _check(y, x, p, q, bias, first)
+        ctx.save_for_backward(x, p, _accumulate(y, x, p, q, bias, first), *q)
+        ctx.first, ctx.biases = first, len(bias)
+        ctx.mark_dirty(y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor):
+        x, p, z, *q = ctx.saved_tensors
+        need_y, need_x, need_p, _, _, *need = ctx.needs_input_grad
+        needed = (need_x, need_p, any(need[: len(q)]), any(need[len(q) :]))
+        g_x, g_p, g_q, g_bias = _gradients(ctx, g, None, x, p, z, q, needed)
+        return g if need_y else None, g_x, g_p, None, None, *g_q, *g_bias
 
 
 @register_flop_formula(torch.ops.leanvit.lowrank_add)
@@ -115,8 +149,14 @@ def add(
     factors: list[tuple[Tensor, Tensor]],
     bias: list[Tensor] | None,
     first: list[int],
+    *,
+    into: bool = False,
 ) -> Tensor:
     """`y` with `(x P_i) Q_i^T + b_i` added to its rows `first_i .. first_i + width_i - 1`; a new tensor.
+
+    `into=True` adds to `y` itself where it can (eager mode; contiguous, no view, no leaf that learns), then
+    differentiable once:
+    for an output that no one else holds.
 
     Args:
         y: `(..., out)`; its dtype is the one that is computed in, so under autocast it is the base layer's.
@@ -129,6 +169,9 @@ def add(
     kind = y.dtype
     p = factors[0][0] if len(factors) == 1 else torch.cat([p for p, _ in factors], dim=1)
     q, b = [q.to(kind) for _, q in factors], [b.to(kind) for b in bias or []]
+    into = into and not torch.compiler.is_compiling()
+    if into and y.is_contiguous() and not y._is_view() and not (y.is_leaf and y.requires_grad):
+        return _AddInto.apply(y, x.to(kind), p.to(kind), first, len(q), *q, *b)
     return torch.ops.leanvit.lowrank_add(y, x.to(kind), p.to(kind), q, b, first)[0]
 
 
@@ -157,17 +200,33 @@ def kronecker_sum(rules: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return h.transpose(1, 2).reshape(a * left.shape[1], c * right.shape[1])
 
 
+class _Outer(torch.autograd.Function):
+    """`P[(a, b), (i, q, p)] = one[i, a, q] other[i, b, p]`; one node where autograd would build a dozen small ones."""
+
+    @staticmethod
+    def forward(ctx, one: Tensor, other: Tensor) -> Tensor:
+        ctx.save_for_backward(one, other)
+        product = one.permute(1, 0, 2)[:, None, :, :, None] * other.permute(1, 0, 2)[None, :, :, None, :]
+        return product.reshape(one.shape[1] * other.shape[1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor) -> tuple[Tensor, Tensor]:
+        one, other = ctx.saved_tensors
+        (n, a, q), (b, p) = one.shape, other.shape[1:]
+        g = g.reshape(a, b, n, q, p)
+        g_one = (g * other.permute(1, 0, 2)[None, :, :, None, :]).sum((1, 4)).transpose(0, 1)
+        g_other = (g * one.permute(1, 0, 2)[:, None, :, :, None]).sum((0, 3)).transpose(0, 1)
+        return g_one, g_other
+
+
 def factors(s: Tensor, t: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """`P (n b, n rA r)` and `Q (n e, n rA r)` with `P Q^T = sum_i (s_i t_i^T) (x) (u_i v_i^T)`.
 
     `s, t (n, n, rA)`, `u (n, b, r)`, `v (n, e, r)`; `P[(a, b), (i, q, p)] = s_i[a, q] u_i[b, p]`, Q likewise.
+    Differentiable once.
     """
-
-    def outer(one: Tensor, other: Tensor) -> Tensor:
-        product = one.permute(1, 0, 2)[:, None, :, :, None] * other.permute(1, 0, 2)[None, :, :, None, :]
-        return product.reshape(one.shape[1] * other.shape[1], -1)
-
-    return outer(s, u), outer(t, v)
+    return _Outer.apply(s, u), _Outer.apply(t, v)
 
 
 def kronecker_apply(x: Tensor, rules: Tensor, left: Tensor, right: Tensor) -> Tensor:
