@@ -339,6 +339,22 @@ def test_merge_or_a_reason(method):  # T8
     ).load_state_dict(model.state_dict())
 
 
+@pytest.mark.parametrize("method", [m for m in ADAPTERS if m in MERGEABLE])
+def test_unmerge_restores_weights_and_adapters(method):  # T8
+    model, _, _ = attached(method)
+    adapted = trained_once(model)(images())
+    before, modules = copy.deepcopy(model.state_dict()), dict(model.named_modules())
+    merged = merge(model)
+    base = "base_layer" if method == "vera" else "base"
+    assert not torch.equal(model.blocks[0].attn.qkv.weight, before[f"blocks.0.attn.qkv.{base}.weight"])
+    merged.unmerge()
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(t, before[n]) for n, t in after.items())
+    assert all(m is modules[n] for n, m in model.named_modules()) and torch.equal(model(images()), adapted)
+    with pytest.raises(ValueError, match="unmerge: .* is not the layer that this merge left"):
+        merged.unmerge()
+
+
 @every_adapter
 def test_save_and_load(method, tmp_path):  # T15
     model, stock, report = attached(method)

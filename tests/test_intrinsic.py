@@ -122,9 +122,12 @@ def test_training_moves_z_and_the_head_and_nothing_else():
         if not key.startswith("head."):
             assert torch.equal(model.state_dict()[key.replace("blocks.1.mlp.", "blocks.1.mlp.base.")], value)
     merged = copy.deepcopy(model)
-    merge(merged)
+    undo = merge(merged)
     torch.testing.assert_close(merged(images()), adapted)
     assert merged.state_dict().keys() == stock.state_dict().keys()
+    undo.unmerge()
+    assert all(torch.equal(t, model.state_dict()[n]) for n, t in merged.state_dict().items())
+    assert torch.equal(merged(images()), adapted)
     detach(model)
     assert all(torch.equal(t, stock.state_dict()[n]) for n, t in model.state_dict().items() if n[:5] != "head.")
 

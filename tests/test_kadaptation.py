@@ -439,6 +439,73 @@ def test_merge_gives_the_same_logits_and_a_plain_timm_model(dtype, limit, settin
             )
 
 
+def assert_unmerged(model, x, change=lambda model: None):
+    """Merge, `change`, unmerge: T8's "restores W", bit for bit, and the update with it."""
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    modules, flags = dict(model.named_modules()), {n: p.requires_grad for n, p in model.named_parameters()}
+    adapted = model(x)
+    merged = merge(model)
+    assert not adapters(model)
+    change(model)
+    merged.unmerge()
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(t, before[n]) for n, t in after.items())
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
+    assert all(m is modules[n] for n, m in model.named_modules())  # an optimiser's parameters are still the model's
+    assert torch.equal(model(x), adapted)
+    return merged
+
+
+@pytest.mark.parametrize("settings", [{}, {"rule_rank": None}, {"share_qv": True}, {"bias": False}])
+def test_unmerge_restores_the_weights_and_the_update(settings):
+    """T8"""
+    model = disturb(_attached(vit(), n=4, **settings))
+    merged = assert_unmerged(model, images())
+    model(images()).sum().backward()
+    assert all(p.grad is not None for p in adapters(model).values())
+    with pytest.raises(ValueError, match=r"unmerge: blocks.0.attn.qkv \(Shifted\) is not the layer"):
+        merged.unmerge()
+    adapted = model(images())
+    merge(model)
+    assert (model(images()) - adapted).abs().max() <= 1e-5 * adapted.abs().max()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_unmerge_in_other_families(name):
+    model, x = family(name)
+    attach(model, n=4, seed=0)
+    assert_unmerged(disturb(model, 0.1), x)
+
+
+def test_unmerge_after_training_the_merged_weights_or_with_a_new_bias():
+    def train_all(model):
+        with torch.no_grad():
+            for block in model.blocks:
+                block.attn.qkv.weight += 1
+                block.attn.qkv.bias += 1
+
+    assert_unmerged(disturb(_attached(vit(), n=4)), images(), train_all)
+    model = disturb(_attached(vit(qkv_bias=False), n=4))
+    assert_unmerged(model, images())
+    assert model.blocks[0].attn.qkv.base.bias is None
+
+
+def test_unmerge_follows_the_model_to_another_dtype_and_refuses_another_surgery():
+    model, x = disturb(_attached(vit(), n=4)), images()
+    adapted = model(x)
+    merged = merge(model)
+    model.double()
+    merged.unmerge()
+    torch.testing.assert_close(model(x.double()), adapted.double(), rtol=1e-5, atol=1e-5)
+    merged = merge(model)
+    lbp_wht.attach(model, bases="LP_L1-2", exact_when="never")
+    state_before = {n: t.clone() for n, t in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"unmerge: blocks.0.attn.qkv \(LBPLinear\) is not the layer"):
+        merged.unmerge()
+    assert all(torch.equal(t, state_before[n]) for n, t in model.state_dict().items())
+    lbp_wht.detach(model)
+
+
 def test_a_merged_model_is_not_attached_to_again_but_its_weights_can_be():
     model = disturb(_attached(vit(), n=4))
     merge(model)

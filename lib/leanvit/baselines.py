@@ -36,6 +36,7 @@ from leanvit.qkv import SEPARATED
 from leanvit.sites import join_qkv_bias, separate_qkv_bias
 from leanvit.surgery import (
     Match,
+    Merged,
     Report,
     check_whole,
     count,
@@ -181,9 +182,10 @@ def _attached(model: nn.Module, method: str) -> list[tuple[str, nn.Module]]:
     return found
 
 
-def merge(model: nn.Module) -> None:
+def merge(model: nn.Module) -> Merged:
     """Add LoRA or VeRA to the weights; only the layers that they found are left, with the same outputs.
 
+    What it returns undoes it: `merged = merge(model)`, later `merged.unmerge()`.
     Raises `ValueError` where no weight can hold the adapter (Adapter, Compacter, `lora_scrambled`), or without one.
     """
     found = _attached(model, "merge")
@@ -193,6 +195,7 @@ def merge(model: nn.Module) -> None:
             raise ValueError(f"merge: {what}. Keep it, or detach(model)")
         if any(isinstance(delta, Scrambled) for delta in module.children()):
             raise ValueError(f"merge: the scrambled LoRA ({name}) mixes tokens and images, which no weight of it does")
+    undo = Merged(model, [name for name, _ in found])
     with torch.no_grad():
         for name, module in found:
             if _is_vera(module):
@@ -200,6 +203,7 @@ def merge(model: nn.Module) -> None:
             else:
                 fold(model, name, module.merged(), "LoRA")
     join_qkv_bias(model)
+    return undo
 
 
 def detach(model: nn.Module) -> None:

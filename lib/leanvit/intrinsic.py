@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from leanvit.surgery import Report, check_whole, count, fold, freeze, head_parameters, refuse_adapted, replace
+from leanvit.surgery import Merged, Report, check_whole, count, fold, freeze, head_parameters, refuse_adapted, replace
 
 _ORDER = 16  # the transform goes along axes of at most this length, each a matrix product: the fastest of 2 to 256
 
@@ -177,10 +177,13 @@ def _subspace(model: nn.Module, what: str) -> tuple[str, Subspace]:
     return found
 
 
-def merge(model: nn.Module) -> None:
-    """Make `theta_0 + P z` the weights; the stock module is back, with the same outputs."""
+def merge(model: nn.Module) -> Merged:
+    """Make `theta_0 + P z` the weights; the stock module is back, with the same outputs. `unmerge()` of what it returns
+    undoes it."""
     name, subspace = _subspace(model, "merge")
+    undo = Merged(model, [name])
     fold(model, name, subspace.merged(), "a subspace")
+    return undo
 
 
 def detach(model: nn.Module) -> None:

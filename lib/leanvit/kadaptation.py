@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from leanvit import qkv
 from leanvit.kernels import lowrank
 from leanvit.qkv import Rows, Shifted
-from leanvit.surgery import Match, Report, check_whole, count, freeze, head_parameters, refuse_adapted
+from leanvit.surgery import Match, Merged, Report, check_whole, count, freeze, head_parameters, refuse_adapted
 
 MODES = ("fixed", "paper", "released")
 SHARED = (False, "rules", "factors", True)
@@ -342,18 +342,18 @@ def _attached(model: nn.Module, what: str) -> tuple[list[tuple[str, Shifted]], n
     return layers, owner
 
 
-def merge(model: nn.Module) -> None:
+def merge(model: nn.Module) -> Merged:
     """Add the updates to weights and biases; only the layers that KAdaptation found are left, with the same outputs.
 
-    Where the stock layer and its attention have no bias, the layer gets one (timm then needs `qkv_bias=True`).
-    Raises `ValueError` where nothing is attached, and for mode "released", which is no weight.
+    What it returns undoes it: `merged = merge(model)`, later `merged.unmerge()`. Where the stock layer and its
+    attention have no bias, the layer gets one (timm then needs `qkv_bias=True`). Raises `ValueError` where nothing is
+    attached, and for mode "released", which is no weight.
     """
     layers, owner = _attached(model, "merge")
     for name, layer in layers:
         if any(isinstance(getattr(layer, role), Released) for role in layer.first):
             raise ValueError(f"merge: mode 'released' ({name}) mixes tokens and images, which no weight of it does")
-    qkv.merge(model, Kronecker, "KAdaptation")
-    del owner.kad_rules
+    return qkv.merge(model, Kronecker, "KAdaptation", [(owner, "kad_rules")])
 
 
 def detach(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ then may offer `factors() -> (P (inputs, rank), Q (width, rank)) or None`, with 
 layer then run as one op (`kernels/lowrank.py`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from leanvit.kernels import lowrank
 from leanvit.sites import join_qkv_bias, separate_qkv_bias
-from leanvit.surgery import Match, fold, head_modules, replace
+from leanvit.surgery import Match, Merged, fold, head_modules, replace
 
 SEPARATED = "qkv biases are added apart from the layer (qkv_bias_separate), so that qkv is called"
 
@@ -147,13 +147,20 @@ def install(model: nn.Module, deltas: Mapping[str, Mapping[str, tuple[int, nn.Mo
     return [SEPARATED] if separated else []
 
 
-def merge(model: nn.Module, kind: type[nn.Module], title: str) -> None:
-    """Fold the deltas of class `kind` into the stock layers, which take their places again."""
-    for name, layer in shifted(model, kind):
+def merge(
+    model: nn.Module, kind: type[nn.Module], title: str, parts: Iterable[tuple[nn.Module, str]] = ()
+) -> Merged:
+    """Fold the deltas of class `kind` into the stock layers, which take their places again; `parts` leave the model."""
+    layers = shifted(model, kind)
+    undo = Merged(model, [name for name, _ in layers], parts)
+    for name, layer in layers:
         attention = model.get_submodule(name.rpartition(".")[0])
         biases = {role: getattr(attention, f"{role}_bias", None) for role in layer.first}
         fold(model, name, layer.merged(biases), title)
     join_qkv_bias(model)
+    for owner, part, _ in undo.parts:
+        delattr(owner, part)
+    return undo
 
 
 def detach(model: nn.Module, kind: type[nn.Module]) -> None:

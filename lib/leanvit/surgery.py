@@ -4,7 +4,7 @@ Layers are found among `nn.Linear` and plain 1x1 `nn.Conv2d` by their full name,
 replaced one by one in their parent; no block's class is swapped and no forward is rewritten.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -145,6 +145,54 @@ def fold(model: nn.Module, name: str, module: nn.Module, title: str) -> None:
     """`replace` an adapter called `title` by the layer it was merged into, which keeps note of it."""
     module.merged_by_leanvit = title
     replace(model, name, module)
+
+
+class Merged:
+    """What `merge` hands back: `unmerge()` puts the adapters over the weights that they were over, bit for bit.
+
+    It holds the adapted modules and a copy of the tensors that merging may change: let go of it once the merged model
+    is to stay. `parts` are further modules `(owner, name)` that merging takes out of the model.
+    """
+
+    def __init__(self, model: nn.Module, names: list[str], parts: Iterable[tuple[nn.Module, str]] = ()):
+        self.model = model
+        self.adapted = {name: model.get_submodule(name) for name in names}
+        self.parts = [(owner, name, getattr(owner, name)) for owner, name in parts]
+        around = [model.get_submodule(name.rpartition(".")[0]) for name in names]
+        own = [p for m in self.adapted.values() for p in m.parameters()]
+        own += [p for m in around for n, p in m.named_parameters(recurse=False) if n in ("q_bias", "v_bias")]
+        self.before = {id(p): (p, p.detach().clone()) for p in own}
+        self.dtype = own[0].dtype
+        self.separated = [m for m in around if hasattr(m, "separated_by_leanvit")]
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Undo the merge: adapters as they were merged, stock weights as before it, bit for bit.
+
+        What happened to the merged weights since is dropped. Raises `ValueError` where the layers are no longer those
+        that the merge left (a second `unmerge`, another surgery); the model is then as it was.
+        """
+        layers = {name: self.model.get_submodule(name) for name in self.adapted}
+        for name, layer in layers.items():
+            inside = any(module is layer for module in self.adapted[name].modules())
+            if not inside or not hasattr(layer, "merged_by_leanvit"):
+                raise ValueError(f"unmerge: {name} ({type(layer).__name__}) is not the layer that this merge left")
+        for parameter, value in self.before.values():
+            parameter.copy_(value)
+        for name, layer in layers.items():
+            if getattr(layer, "bias", None) is not None and id(layer.bias) not in self.before:
+                layer.bias = None  # the merge gave it one
+            del layer.merged_by_leanvit
+            replace(self.model, name, self._follow(self.adapted[name], layer))
+        for attention in self.separated:
+            attention.qkv_bias_separate = attention.separated_by_leanvit = True
+        for owner, name, module in self.parts:
+            setattr(owner, name, self._follow(module, next(iter(layers.values()))))
+
+    def _follow(self, adapted: nn.Module, layer: nn.Module) -> nn.Module:
+        """Take what was not in the model to where it has gone (`.cuda()`, `.half()`) meanwhile."""
+        now = next(layer.parameters())
+        return adapted.to(device=now.device, dtype=now.dtype if now.dtype != self.dtype else None)
 
 
 def refuse_adapted(model: nn.Module, method: str) -> None:
