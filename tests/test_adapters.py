@@ -142,7 +142,7 @@ def test_other_families_and_skipped_mlps():
     assert not block_mlps("attn_pool.mlp", nn.Identity()) and not block_mlps("blocks.0.mlp.fc1", nn.Identity())
     with pytest.raises(ValueError, match="no MLP matches in ResNet .its blocks have no module named mlp"):
         adapter(timm.create_model("resnet18", num_classes=3))
-    with pytest.raises(ValueError, match=r"blocks.0.attn: its last layer is no nn.Linear named fc2"):
+    with pytest.raises(ValueError, match=r"blocks.0.attn: its last layer is no linear layer named fc2"):
         adapter(vit(), match=lambda n, m: n == "blocks.0.attn")
 
 

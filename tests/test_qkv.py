@@ -1,11 +1,13 @@
 """Where queries and values are, and layers with deltas on their rows."""
 
+import copy
+
 import pytest
 import timm
 import torch
 from torch import nn
 
-from leanvit import qkv
+from leanvit import baselines, comcat, kadaptation, qkv, uvc
 from leanvit.kernels import lowrank
 from leanvit.qkv import Shifted
 
@@ -149,3 +151,67 @@ def test_scrambled_is_what_the_specification_says():
         assert torch.equal(got, wanted[None, :, :, None].expand_as(got))
     one_head = torch.randn(1, 3, 4)
     assert torch.equal(qkv.scrambled(one_head, 1), one_head)  # one image, one head: nothing to mix
+
+
+def cut(kind):
+    """A small ViT whose heads were factored (ComCAT) or sliced (UVC), and its images."""
+    torch.manual_seed(0)
+    model = timm.models.VisionTransformer(
+        img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=4, num_classes=3
+    ).eval()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.2)
+    if kind == "factored":
+        comcat.apply(model, comcat.make_plan(model, {"qk": 4, "vo": 6, "fc2": 8}))
+    else:
+        shapes = uvc.read_shapes(model)
+        blocks = [uvc.BlockPlan((0, 1, 3), ((0, 1, 2), (0, 1, 2, 3, 4, 5, 6, 7), (2,)), tuple(range(64)))] * 2
+        uvc.apply(model, uvc.Plan(shapes, tuple(blocks)))
+    return model, torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(("kind", "widths"), [("factored", [16, 16, 24]), ("sliced", [24, 24, 12])])
+def test_queries_and_values_of_cut_heads(kind, widths):
+    model, x = cut(kind)
+    stock, adapted = copy.deepcopy(model), copy.deepcopy(model)
+    places = [(r.role, r.first, r.width) for r in qkv.find(model)][:2]
+    assert places == [("q", 0, widths[0]), ("v", widths[0] + widths[1], widths[2])]
+    baselines.lora_qv(adapted, rank=2)
+    assert torch.equal(adapted(x), stock(x))
+    with torch.no_grad():
+        for name, p in adapted.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.3)
+    kept = slice(widths[0], widths[0] + widths[1])
+    tokens = torch.randn(1, 5, 32)
+    one, other = adapted.blocks[0].attn.qkv(tokens), stock.blocks[0].attn.qkv(tokens)
+    assert torch.equal(one[..., kept], other[..., kept]) and not torch.allclose(one, other)
+    wanted = adapted(x)
+    assert (wanted - stock(x)).abs().max() > 1e-3
+    baselines.merge(adapted)
+    assert [type(m) for m in adapted.modules()] == [type(m) for m in stock.modules()]
+    torch.testing.assert_close(adapted(x), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_kadaptation_on_factored_heads_gives_the_values_a_bias():
+    model, x = cut("factored")
+    before = copy.deepcopy(model.state_dict())
+    kadaptation.attach(model, n=4, seed=0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "kad_" in name:
+                p.normal_(std=0.2)
+    wanted = model(x)
+    merged = kadaptation.merge(model)
+    torch.testing.assert_close(model(x), wanted, rtol=1e-5, atol=1e-5)
+    merged.unmerge()
+    assert torch.equal(model(x), wanted)
+    kadaptation.detach(model)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def test_adapters_around_a_factored_mlp():
+    model, x = cut("factored")
+    wanted = model(x)
+    report = baselines.adapter(model, 4)
+    assert report.matched == ["blocks.0.mlp", "blocks.1.mlp"] and torch.equal(model(x), wanted)

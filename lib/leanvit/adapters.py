@@ -126,17 +126,18 @@ def _insert(
         if not (match or block_mlps)(name, module):
             continue
         last = getattr(module, "fc2", None)
-        if isinstance(last, nn.Linear):
+        if isinstance(getattr(last, "out_features", None), int):  # a factored layer has it, too
             check(last.out_features)
             found[name] = module
         else:
-            skipped[name] = "its last layer is no nn.Linear named fc2"
+            skipped[name] = "its last layer is no linear layer named fc2"
     if not found:
         why = "; ".join(f"{n}: {w}" for n, w in [*skipped.items()][:1]) or "its blocks have no module named mlp"
         raise ValueError(f"{method}: no MLP matches in {type(model).__name__} ({why})")
     made = {}
     for name, module in found.items():
-        like = {"dtype": module.fc2.weight.dtype, "device": module.fc2.weight.device}
+        weight = next(module.fc2.parameters())
+        like = {"dtype": weight.dtype, "device": weight.device}
         made[name] = make(module, module.fc2.out_features, like)
     freeze(model, keep=head.__contains__)
     for name, module in made.items():

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leanvit.kernels import lowrank
@@ -36,15 +37,26 @@ class Rows:
     heads: int
 
 
-def _place(attention: nn.Module, role: str) -> tuple[str, int, int] | None:
-    """`(layer, first row, rows)` of a role in an attention, or None where no rows of a linear layer are its own."""
-    fused, split = getattr(attention, "qkv", None), getattr(attention, f"{role}_proj", None)
+def _widths(attention: nn.Module, rows: int) -> list[int] | None:
+    """How many rows of a fused qkv are queries, keys and values; None where they are not one after the other."""
+    if hasattr(attention, "widths"):  # ComCAT's factored heads
+        return list(attention.widths)
+    if isinstance(getattr(attention, "values", None), tuple):  # UVC's sliced heads
+        own = sum(attention.values)
+        return [(rows - own) // 2, (rows - own) // 2, own]
     # EfficientFormer and TinyViT (key_dim) and MaxViT (head_first) lay q, k and v out head by head; GCViT's global
     # attention has no q of its own
     other = hasattr(attention, "key_dim") or any(getattr(attention, a, False) for a in ("head_first", "use_global"))
-    if isinstance(fused, nn.Linear) and fused.out_features % 3 == 0 and not other:
-        width = fused.out_features // 3
-        return "qkv", "qkv".index(role) * width, width
+    return None if other or rows % 3 else [rows // 3] * 3
+
+
+def _place(attention: nn.Module, role: str) -> tuple[str, int, int] | None:
+    """`(layer, first row, rows)` of a role in an attention, or None where no rows of a linear layer are its own."""
+    fused, split = getattr(attention, "qkv", None), getattr(attention, f"{role}_proj", None)
+    widths = _widths(attention, fused.out_features) if isinstance(fused, nn.Linear) else None
+    if widths is not None:
+        place = "qkv".index(role)
+        return "qkv", sum(widths[:place]), widths[place]
     return (f"{role}_proj", 0, split.out_features) if isinstance(split, nn.Linear) else None
 
 
@@ -124,6 +136,9 @@ class Shifted(nn.Module):
                 if self.base.bias is None:
                     zeros = torch.zeros_like(self.base.weight[:, 0])
                     self.base.bias = nn.Parameter(zeros, requires_grad=self.base.weight.requires_grad)
+                if len(self.base.bias) < self.base.out_features:  # a factored head's values have no bias of their own
+                    missing = self.base.out_features - len(self.base.bias)
+                    self.base.bias = nn.Parameter(F.pad(self.base.bias, (0, missing)), self.base.bias.requires_grad)
                 _add_(self.base.bias[rows], bias)
         return self.base
 

@@ -163,6 +163,8 @@ class Merged:
         own += [p for m in around for n, p in m.named_parameters(recurse=False) if n in ("q_bias", "v_bias")]
         self.before = {id(p): (p, p.detach().clone()) for p in own}
         self.dtype = own[0].dtype
+        inside = [m for adapted in self.adapted.values() for m in adapted.modules()]
+        self.biases = {m: m.bias for m in inside if "bias" in m._parameters}
         self.separated = [m for m in around if hasattr(m, "separated_by_leanvit")]
 
     @torch.no_grad()
@@ -180,8 +182,8 @@ class Merged:
         for parameter, value in self.before.values():
             parameter.copy_(value)
         for name, layer in layers.items():
-            if getattr(layer, "bias", None) is not None and id(layer.bias) not in self.before:
-                layer.bias = None  # the merge gave it one
+            if layer in self.biases:
+                layer.bias = self.biases[layer]  # the merge may have made one
             del layer.merged_by_leanvit
             replace(self.model, name, self._follow(self.adapted[name], layer))
         for attention in self.separated:
