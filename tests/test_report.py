@@ -79,6 +79,7 @@ def put(
 def site(tmp_path):
     """A site of two notebooks, one of them in three tiers."""
     put(tmp_path, "smoke", "1_lbp_wht")
+    put(tmp_path, "embedded", "1_lbp_wht.again", notebook="1_lbp_wht")  # sorts in front of the main run
     put(tmp_path, "embedded", "1_lbp_wht")
     put(tmp_path, "paper", "1_lbp_wht.efl1_cifar100", notebook="1_lbp_wht")
     put(tmp_path, "smoke", "2_comcat", source="fig", verdicts=())
@@ -94,7 +95,7 @@ def soups(site):
 
 
 def test_nothing_is_loaded_from_elsewhere(site):
-    assert len(soups(site)) == 5
+    assert len(soups(site)) == 6
     for path, soup in soups(site).items():
         assert not soup.find_all(["script", "link", "iframe"]), path
         assert all(image["src"].startswith("data:") for image in soup.find_all("img"))
@@ -114,6 +115,7 @@ def test_one_card_a_notebook_with_its_best_tier(site):
     assert [card.h2.a["href"] for card in cards] == ["embedded/1_lbp_wht.html", "smoke/2_comcat.html"]
     assert cards[0].h2.text == "LBP-WHT: a few bases"
     assert [link["href"] for link in cards[0].select(".also a")] == [
+        "embedded/1_lbp_wht.again.html",
         "paper/1_lbp_wht.efl1_cifar100.html",
         "smoke/1_lbp_wht.html",
     ]

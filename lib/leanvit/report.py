@@ -72,7 +72,7 @@ class Page:
 
 
 def find_pages(root: Path) -> list[Page]:
-    """All complete results with their executed notebooks, by notebook, best tier first."""
+    """All complete results with their executed notebooks: by notebook, best tier and a tier's main run first."""
     pages = []
     for tier in TIERS:
         for path in sorted((root / "outputs" / tier).glob("*.json")):
@@ -80,7 +80,7 @@ def find_pages(root: Path) -> list[Page]:
             result = json.loads(path.read_text(encoding="utf-8"))
             if executed.exists() and not record.incomplete(result):
                 pages.append(Page(tier, nbformat.read(executed, as_version=4), result))
-    return sorted(pages, key=lambda page: (page.result["notebook"], TIERS.index(page.tier)))
+    return sorted(pages, key=lambda page: (page.result["notebook"], TIERS.index(page.tier), len(page.result["run"])))
 
 
 # ---- a notebook
