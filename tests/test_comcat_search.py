@@ -11,13 +11,14 @@ from torch import nn
 
 from leanvit import comcat, comcat_calibrate, comcat_ranks, surgery
 from leanvit.comcat import apply, parts
+from leanvit.comcat_cut import product
 from leanvit.comcat_factors import Spectrum
-from leanvit.comcat_mixture import MixedAttention, MixedLinear, truncations
-from leanvit.comcat_modules import read_heads
+from leanvit.comcat_mixture import Mixture, truncations
 from leanvit.comcat_ranks import candidates, total_weights
+from leanvit.comcat_recut import current_ranks
 from leanvit.comcat_schedule import Schedule, penalised, temperature
 from leanvit.comcat_search import RankSearch, search
-from leanvit.comcat_supernet import Supernet, coverage, current_ranks, product, swapped
+from leanvit.comcat_supernet import Supernet, coverage, swapped
 
 
 def batches(n=3, size=8, classes=7):
@@ -45,18 +46,11 @@ def supernet(model, ranks, weights, statistics=None):
 
 def mixture(model, ranks, weights, spectra):
     """The model with the authors' mixture of dense products in every part."""
+    net = Mixture(model, parts(model)[0], spectra, ranks)
+    net.weigh(weights)
     model = copy.deepcopy(model)
-    for i, block in enumerate(model.blocks):
-        name, h = f"blocks.{i}.attn", read_heads(block.attn)
-        qk, vo = (truncations(spectra[f"{name}.{k}"], ranks[f"{name}.{k}"]) for k in ("qk", "vo"))
-        bias = h.bo + torch.einsum("hk,hko->o", h.bv, h.o)
-        mixed = MixedAttention(qk, vo, block.attn.scale, bias)
-        mixed.p_qk, mixed.p_vo = weights[f"{name}.qk"], weights[f"{name}.vo"]
-        surgery.replace(model, name, mixed)
-    for part in (p for p in parts(vit())[0] if p.kind == "fc"):
-        mixed = MixedLinear(truncations(spectra[part.name], ranks[part.name]), model.get_submodule(part.name).bias)
-        mixed.p = weights[part.name]
-        surgery.replace(model, part.name, mixed)
+    for name, module in net.modules.items():
+        surgery.replace(model, name, module)
     return model.requires_grad_(False)
 
 
@@ -230,6 +224,17 @@ def test_the_choice_meets_the_budget(reduction):  # T23
     assert plan == comcat.Plan.from_json(plan.to_json())
 
 
+def test_sensitivity_guides_the_projection():
+    """From the same logits, what matters most keeps the most."""
+    model = vit()
+    even = {p.name: 1.0 for p in parts(model)[0]}
+    ranks = []
+    for factor in (1e-6, 1e6):
+        state = RankSearch(model, budget(model, 0.6), weights=even | {"blocks.1.mlp.fc1": factor})
+        ranks.append(state.search(0, batches())["ranks"]["blocks.1.mlp.fc1"] or 48)
+    assert ranks[0] < ranks[1]
+
+
 def test_slack_on_deit_small():  # T23: unit steps against the authors' grid
     with torch.device("meta"):
         import timm
@@ -260,7 +265,7 @@ def test_faithful_truncation_is_one_way():  # T24
     part = state.parts[0]
     a, b = product(model, part, False)
     committed = a @ b
-    spectrum = state.spectra()[part.name]
+    spectrum = state.recut.spectra()[part.name]
     for rank in state.candidates[part.name][1:]:
         left, right = spectrum.factors(rank)
         assert rel(left @ right, committed) <= 1e-6
@@ -320,13 +325,60 @@ def test_temperatures():  # T25
     assert taus == pytest.approx([5, 4.389, 2.287], abs=6e-4)  # by epoch
 
 
+def held_out(n=56, classes=7):
+    """Images that the model was not made with, as many of each class, labels as it sees them in part."""
+    x = images(n, seed=11)
+    return x, torch.arange(n) % classes
+
+
+def in_order(order, size=8):
+    x, y = held_out()
+    return [(x[i], y[i]) for i in order.split(size)]
+
+
 def test_same_seed_same_ranks():  # T26
-    plans = [search(vit(), batches(), budget(vit()), epochs=3, seed=s).ranks for s in (0, 0)]
-    assert plans[0] == plans[1]
-    shuffled = search(vit(), list(reversed(batches())), budget(vit()), epochs=3, seed=1)
-    small = vit()
-    apply(small, shuffled)
-    assert small(images()).shape == (4, 7) and shuffled.about["weights"] <= budget(vit())
+    order = torch.randperm(56, generator=torch.Generator().manual_seed(0))
+    first, second, other = (search(vit(), in_order(order), budget(vit()), epochs=3, seed=s, lr=0.1) for s in (0, 0, 1))
+    assert first.ranks == second.ranks and first.about["searches"][0]["size"] == second.about["searches"][0]["size"]
+    assert other.about["searches"][0]["size"] != first.about["searches"][0]["size"]  # the seed is that of the noise
+
+
+@pytest.mark.parametrize("mode", ["corrected", "faithful"])
+def test_shuffling_leaves_plans_valid(mode):  # T26
+    """Whatever the order: ranks within bounds, the same shapes, a budget met (corrected), counts as they are built."""
+    model, limit, losses = vit(), budget(vit()), set()
+    for seed in range(3):
+        order = torch.randperm(56, generator=torch.Generator().manual_seed(seed))
+        whole = vit()
+        plan = search(whole, in_order(order), limit, epochs=2, mode=mode, lr=0.1, schedule=Schedule(first=0))
+        found = [comcat.part_of(n, s) for n, s in plan.shapes.items()]
+        assert plan.shapes == {p.name: [p.heads, p.inputs, p.outputs, p.full] for p in parts(model)[0]}
+        assert set(plan.ranks) <= set(plan.shapes) and all(1 <= plan.ranks.get(p.name, 1) <= p.full for p in found)
+        small = vit()
+        apply(small, plan)
+        used = sum(m.weight.numel() for m in small.modules() if isinstance(m, nn.Linear))
+        assert used == total_weights(found, plan.ranks) == plan.about["weights"]
+        if mode == "corrected":
+            assert limit - max(p.unit for p in found) < used <= limit
+        assert small(images()).shape == (4, 7) and torch.isfinite(small(images())).all()
+        losses.add(plan.about["searches"][0]["size"])
+    assert len(losses) == 3  # three orders are three searches
+
+
+def test_search_sets_sorted_by_class_are_refused():  # T26, and the authors' second defect
+    x, y = held_out()
+    model, order = vit(), y.argsort(stable=True)
+    state = RankSearch(model, budget(model))
+    before = [a.detach().clone() for a in state.alphas]
+    with pytest.raises(ValueError, match="is sorted by class, so that the last classes would decide; give shuffled"):
+        state.search(0, in_order(order))
+    assert all(torch.equal(a, b) for a, b in zip(before, state.alphas, strict=True)) and state.log == []
+    with pytest.raises(ValueError, match="sorted by class"):
+        state.search(0, in_order(order.flip(0)))
+    state.search(0, [(x[order], y[order])])  # one batch holds all classes, however they stand in it
+    state.search(1, in_order(torch.randperm(56, generator=torch.Generator().manual_seed(0))))
+    faithful = RankSearch(vit(), budget(model), mode="faithful")  # as theirs
+    assert faithful.search(1, in_order(order))["steps"] == 7
 
 
 def test_alpha_learns_what_matters():
@@ -544,6 +596,23 @@ def test_bad_search_sets():
         state.commit()
 
 
+def test_nan_in_weights_and_factors():
+    model = vit()
+    state = RankSearch(model, budget(model))
+    state.search(0, batches(1))
+    state.log[-1]["ranks"] = {p.name: 4 for p in state.parts}
+    state.commit()
+    with torch.no_grad():
+        model.blocks[1].mlp.fc2.second.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="blocks.1.mlp.fc2 has no singular values: .*right factor.*holds NaN"):
+        state.search(1, batches(1))
+    model = vit()
+    with torch.no_grad():
+        model.blocks[0].attn.qkv.weight[0, 0] = float("inf")
+    with pytest.raises(ValueError, match="blocks.0.attn.qk has no singular values: .*left factor"):
+        comcat_ranks.greedy(model, budget(vit()))
+
+
 def test_bad_settings():
     model = vit()
     with pytest.raises(ValueError, match=r"budget of 100 weights cannot be met; the smallest candidates take [\d,]+"):
@@ -551,8 +620,10 @@ def test_bad_settings():
     with pytest.raises(ValueError, match="none of corrected, faithful"):
         RankSearch(model, budget(model), mode="fast")
     assert type(model.head) is nn.Linear
-    with pytest.raises(ValueError, match="leave statistics out"):
+    with pytest.raises(ValueError, match="leave statistics, weights out"):
         RankSearch(model, budget(model), mode="faithful", statistics=object())
+    with pytest.raises(ValueError, match="weights say nothing of blocks.0.attn.vo"):
+        RankSearch(model, budget(model), weights={"blocks.0.attn.qk": 1.0})
     state = RankSearch(model, budget(model))
     kept = state.state_dict()
     state.search(0, batches(1))

@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import psutil
@@ -156,6 +158,7 @@ def test_errors_before_anything_starts(repository):
         (["run", "--tier", "gpu", "--notebook", "1_x"], "params/1_x/gpu.yaml is not there"),
         (["run", "--tier", "gpu"], "no notebook has the tier gpu"),
         (["run", "--tier", "smoek"], "did you mean smoke?"),
+        (["run", "--tier", "smoke", "--cluster", "auto", "--print-commands"], "exclude each other"),
         (["run", "--tier", "smoke", "--jobs", "0"], "must be at least 1"),
         (["run", "params/1_x/smoke.yaml", "-p", "lr", "fast"], "-p: lr = 'fast' (text): must be a number > 0"),
     ],
@@ -302,16 +305,31 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(repository):
     assert not list((smoke / "checkpoints").iterdir()) and not (smoke / "1_slow.failed.ipynb").exists()
 
 
-def test_ray_is_optional(repository):
+def test_commands_for_a_slurm_array(repository):
+    """One command for each run that is due, on standard output alone; nothing runs; each command does its run."""
     repository.notebook("1_x")
-    repository.params("1_x")
-    try:
-        import ray  # noqa: F401
-    except ImportError:
-        code, output = repository.call("run", "--tier", "smoke", "--ray")
-        assert code == 2 and "pip install 'leanvit[cluster]'" in output
-    else:
-        pytest.skip("Ray is installed")
+    for name in ("smoke", "paper_a", "paper_b b"):
+        repository.params("1_x", name)
+    command = [sys.executable, "-m", "leanvit.run", "run", "--print-commands"]
+
+    def printed(*arguments):
+        done = subprocess.run([*command, *arguments], cwd=repository.root, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines(), done.stderr
+
+    lines, _ = printed("--tier", "paper")
+    assert [line.rsplit("/", 1)[1] for line in lines] == ["paper_a.yaml", "paper_b b.yaml'"]
+    assert not list((repository.root / "outputs").rglob("*.json"))
+    with_override, _ = printed("params/1_x/smoke.yaml", "-p", "method", "lora")
+    assert with_override[0].endswith("smoke.yaml -p method lora")
+    elsewhere = repository.root.parent
+    done = subprocess.run(lines[1], shell=True, cwd=elsewhere, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert repository.result("paper/1_x.b b.json")["tier"] == "paper"
+    lines, told = printed("--tier", "paper")
+    assert len(lines) == 1 and "paper_a.yaml" in lines[0] and "paper/1_x.b b: up to date" in told
+    lines, _ = printed("--tier", "paper", "--force")
+    assert len(lines) == 2 and all(line.endswith(" --force") for line in lines)
 
 
 def test_environment_of_a_run(repository, monkeypatch):
@@ -331,6 +349,8 @@ def test_a_notebook_that_measures_time_runs_alone(repository):
     log = []
 
     class Pretend:
+        seconds = 0.0
+
         def __init__(self, root, job, threads):
             self.name, self.polls = job.name, 0
             log.append(("start", self.name))

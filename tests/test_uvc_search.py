@@ -22,6 +22,7 @@ from leanvit.uvc import CorrectedSearch, FaithfulSearch, Flags, Settings, from_f
 from leanvit.uvc_budget import Counts, meet
 from leanvit.uvc_cost import FlopsCost, LatencyCost, LatencyTable
 from leanvit.uvc_flags import README, zlr_schedule
+from leanvit.uvc_importance import as_norms
 from leanvit.uvc_math import (
     BudgetControl,
     ascend,
@@ -216,7 +217,7 @@ def test_duals_and_bounds_after_every_step():  # T4, T9
 
 def test_signs():  # T14
     model = vit()
-    search = CorrectedSearch(model, 0.5, 30, settings=settings(dims=True, gate_rate=5.0))
+    search = CorrectedSearch(model, 0.5, 30, settings=settings(dims=True, gate_rate=5.0, importance="norms"))
     norms = search.norms()
     search.fractions.fill_(0.3)
     search.dim_fractions.fill_(0.3)
@@ -250,11 +251,12 @@ def test_signs():  # T14
 def test_warmup(warmup):  # T19
     model = vit()
     search = CorrectedSearch(model, 0.5, 20, settings=settings(warmup=warmup, ramp=1.0))
-    frozen = {n: v.detach().clone() for n, v in search.variables().items()}
+    measured = ("importance", "seen")  # they only watch
+    frozen = {n: v.detach().clone() for n, v in search.variables().items() if n not in measured}
     weights = model.blocks[0].mlp.fc1.weight.detach().clone()
     run(search, batches(model), 10)
     assert not torch.equal(weights, model.blocks[0].mlp.fc1.weight)
-    same = all(torch.equal(v, frozen[n]) for n, v in search.variables().items())
+    same = all(torch.equal(v, frozen[n]) for n, v in search.variables().items() if n in frozen)
     assert same == (warmup > 0)
     run(search, batches(model), 1)
     assert not torch.equal(search.fractions, frozen["fractions"]) and not torch.equal(search.logits, frozen["logits"])
@@ -355,10 +357,12 @@ def test_masks_are_made_anew():  # T17
     faithful.close()
 
 
-def test_a_small_budget_moves_from_the_first_step():  # T21
+@pytest.mark.parametrize("importance", ["loss", "norms"])
+def test_a_small_budget_moves_from_the_first_step(importance):  # T21
     model = vit()
-    search = run(CorrectedSearch(model, 0.2, 100, settings=settings()), batches(model), 1)
-    assert search.z > 0 and (search.fractions > 0).all()
+    search = run(CorrectedSearch(model, 0.2, 100, settings=settings(importance=importance)), batches(model), 1)
+    assert search.z > 0 and (search.fractions[:, 1] > 0).all()
+    assert importance == "loss" or (search.fractions[:, 0] > 0).all()  # heads may all be worth more than any unit
     search.close()
     told = flags(budget=0.4, enable_block_gating=0, enable_warmup=0)  # the authors' clamp at work
     search = run(FaithfulSearch(model, told, steps_per_epoch=100), batches(model), 20)
@@ -730,6 +734,64 @@ def test_end_to_end_beats_random():  # T24
         loss(control, *data[k % 32]).backward()
         optimizer.step()
     assert accuracy(small) > accuracy(control)
+
+
+def test_importance_is_the_mean_of_squared_gradients():
+    """Against a loop over images with one mask for each group, on a model whose loss is known image by image."""
+    model = vit()
+    search = CorrectedSearch(model, 0.9, 10, settings=settings(blocks=False, lr=0.0, weight_decay=0.0))
+    x, y = batches(model)[0]
+    reference = [torch.zeros(4, 4), torch.zeros(4, 128)]
+    for image, label in zip(x, y, strict=True):
+        masks = [(torch.ones(4, requires_grad=True), torch.ones(128, requires_grad=True)) for _ in model.blocks]
+        hooks = []
+        for block, (heads, units) in zip(model.blocks, masks, strict=True):
+            h = heads.double().repeat_interleave(8)
+            hooks.append(block.attn.proj.register_forward_pre_hook(lambda m, i, h=h: (i[0] * h,)))
+            hooks.append(block.mlp.fc2.register_forward_pre_hook(lambda m, i, u=units: (i[0] * u.double(),)))
+        loss = torch.nn.functional.cross_entropy(model(image[None]).float(), label[None])
+        grads = torch.autograd.grad(loss, [m for pair in masks for m in pair])
+        for i in range(4):
+            reference[0][i] += grads[2 * i].square() / len(x)
+            reference[1][i] += grads[2 * i + 1].square() / len(x)
+        for hook in hooks:
+            hook.remove()
+    search.step(x, y)
+    found = as_norms(search.shapes, search.importance)
+    for i, n in enumerate(found):
+        torch.testing.assert_close(n.heads, reference[0][i], rtol=1e-4, atol=1e-9)
+        torch.testing.assert_close(n.units, reference[1][i], rtol=1e-4, atol=1e-9)
+
+
+def test_what_costs_least_goes_first():
+    """Groups of all blocks and kinds are weighed against each other: a block nothing depends on loses the most."""
+    model = vit(dtype=torch.float32)
+    with torch.no_grad():
+        for p in (model.blocks[2].mlp.fc2.weight, model.blocks[2].attn.proj.weight):
+            p.mul_(1e-3)  # its relative norms are as they were
+    plans = {}
+    for importance in ("loss", "norms"):
+        fresh = copy.deepcopy(model)
+        chosen = settings(blocks=False, importance=importance, lr=1e-6)
+        plans[importance] = uvc.search(fresh, batches(fresh), 0.7, steps=20, settings=chosen)
+    left = {name: [len(b.units) for b in plan.blocks] for name, plan in plans.items()}
+    assert left["loss"][2] <= 16 < min(left["loss"][i] for i in (0, 1, 3))
+    assert left["norms"][2] > 64  # the paper's norms cannot tell
+    with pytest.raises(ValueError, match="importance='taylor' must be loss or norms"):
+        Settings(importance="taylor")
+
+
+def test_fixed_widths_restore_only_blocks_that_fit():
+    model = vit()
+    shapes = uvc.read_shapes(model)
+    flops = FlopsCost(shapes)
+    two = (flops.fixed + 2 * (flops.attention(0, 4, 8) + flops.mlp(0, 128))) / flops.dense
+    whole = Counts(4, 8, 128)
+    plan = meet(
+        flops, group_norms(model, shapes), two + 0.02, start=[whole, whole, None, None], gates=[4, 3, 2, 1],
+        fixed=("heads", "units"),
+    )  # fmt: skip
+    assert [b is not None for b in plan.blocks] == [True, True, False, False] and plan.ratio() == pytest.approx(two)
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

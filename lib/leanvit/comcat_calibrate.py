@@ -19,9 +19,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from leanvit.comcat import ROTARY, Part, Plan, model_name, parts
+from leanvit.comcat_cut import product
 from leanvit.comcat_factors import Spectrum, roots
-from leanvit.comcat_modules import query_side, read_heads, read_linear
+from leanvit.comcat_modules import read_heads
+from leanvit.comcat_plan import ROTARY, Part, Plan, model_name, parts
 from leanvit.evaluate import device_of, modes_restored
 
 RIDGE = 1e-4  # of trace / d
@@ -92,21 +93,20 @@ class Statistics:
 
 
 def spectra(model: nn.Module, statistics: Statistics | None = None) -> dict[str, Spectrum]:
-    """The SVD of every part of a dense model, weighted by `statistics` where given (see `Spectrum.energy`)."""
-    result = {}
-    for part in parts(model)[0]:
-        module = model.get_submodule(part.module)
-        a, b = products(part, module)
-        result[part.name] = Spectrum(a, b, *(statistics.weighting(part.name) if statistics else (None, None)))
-    return result
+    """The SVD of every part of a dense model, weighted by `statistics` where given (see `Spectrum.energy`).
+
+    Raises `ValueError` that names the part whose weights are not finite.
+    """
+    return {part.name: spectrum(part.name, *product(model, part), statistics) for part in parts(model)[0]}
 
 
-def products(part: Part, module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """The two thin factors of a dense part, the queries' with their bias as a last row; `(W, None)` of a layer."""
-    if part.kind == "fc":
-        return read_linear(module)[:2]
-    h = read_heads(module)
-    return (query_side(h, True), h.k.mT) if part.kind == "qk" else (h.v, h.o)
+def spectrum(name: str, a: Tensor, b: Tensor | None, statistics: Statistics | None) -> Spectrum:
+    """The SVD of the part `name`, whose product is `a b`."""
+    weighting = (None, None) if statistics is None else statistics.weighting(name)
+    try:
+        return Spectrum(a, b, *weighting)
+    except ValueError as error:
+        raise ValueError(f"ComCAT: {name} has no singular values: {error}") from None
 
 
 def images_of(batch) -> Tensor:

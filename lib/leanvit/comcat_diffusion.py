@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leanvit import surgery
-from leanvit.comcat import MODES
+from leanvit.comcat_plan import MODES
 from leanvit.surgery import Report
 
 # attention blocks of Stable Diffusion 1.x's U-Net: width of the tokens, and how many blocks have it; the context is 768

@@ -4,10 +4,14 @@ The reference that the spectral mask of `comcat_search` is measured against, for
 by a d x d matrix for each head and candidate (specification 2.2): ten times the work of a dense DeiT-S.
 """
 
+from collections.abc import Iterable, Mapping
+
 import torch
 from torch import Tensor, nn
 
 from leanvit.comcat_factors import Spectrum
+from leanvit.comcat_modules import read_heads
+from leanvit.comcat_plan import Part
 
 
 def truncations(spectrum: Spectrum, ranks: list[int | None]) -> Tensor:
@@ -58,3 +62,38 @@ class MixedLinear(nn.Module):
         for p, weight in zip(self.p, self.weights, strict=True):
             y = y + p * (x @ weight)
         return y if self.bias is None else y + self.bias
+
+
+class Mixture:
+    """The mixtures of all parts of a model, to be put in its layers' places (`comcat_supernet.swapped`).
+
+    `ranks[part]` are the candidates (None: all directions). All parts of an attention must be there, and its biases
+    are absorbed. `weigh({part: p (candidates,)})` sets the weights.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parts: Iterable[Part],
+        spectra: Mapping[str, Spectrum],
+        ranks: Mapping[str, list[int | None]],
+    ):
+        self.modules: dict[str, nn.Module] = {}
+        for part in parts:
+            module = model.get_submodule(part.module)
+            if part.kind == "fc":
+                self.modules[part.module] = MixedLinear(truncations(spectra[part.name], ranks[part.name]), module.bias)
+            elif part.module not in self.modules:
+                heads = read_heads(module)
+                bias = heads.bo + torch.einsum("hk,hko->o", heads.bv, heads.o)
+                names = (f"{part.module}.{kind}" for kind in ("qk", "vo"))
+                qk, vo = (truncations(spectra[name], ranks[name]) for name in names)
+                self.modules[part.module] = MixedAttention(qk, vo, module.scale, bias)
+
+    def weigh(self, weights: Mapping[str, Tensor]) -> None:
+        """Set the weights of every part's candidates."""
+        for name, module in self.modules.items():
+            if isinstance(module, MixedLinear):
+                module.p = weights[name]
+            else:
+                module.p_qk, module.p_vo = weights[f"{name}.qk"], weights[f"{name}.vo"]

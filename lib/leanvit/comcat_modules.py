@@ -90,6 +90,16 @@ class FactoredAttention(nn.Module):
         self.proj = nn.Linear(num_heads * value_dim, outputs, bias=proj_bias, **kwargs)
         self.proj_drop = nn.Dropout(proj_drop)
 
+    @property
+    def head_dim(self) -> int:
+        """Dimensions of queries and keys in each head, as UVC calls them."""
+        return self.key_dim
+
+    @property
+    def values(self) -> tuple[int, ...]:
+        """Value dimensions of each head, as UVC calls them."""
+        return (self.value_dim,) * self.num_heads
+
     def _rotated(self, t: Tensor, rope: Tensor) -> Tensor:
         prefix, grid = t[:, :, : self.num_prefix_tokens], t[:, :, self.num_prefix_tokens :]
         return torch.cat([prefix, apply_rot_embed_cat(grid, rope, half=self.rotate_half)], dim=2).type_as(t)
@@ -102,10 +112,9 @@ class FactoredAttention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = self._rotated(q, rope), self._rotated(k, rope)
-        if self.key_dim < self.value_dim:
-            q, k = (F.pad(t, (0, self.value_dim - self.key_dim)) for t in (q, k))
-        elif self.value_dim < self.key_dim:
-            v = F.pad(v, (0, self.key_dim - self.value_dim))
+        if not torch.onnx.is_in_onnx_export():  # ONNX has plain products, where padding would only cost
+            width = max(self.key_dim, self.value_dim)
+            q, k, v = (F.pad(t, (0, width - t.shape[-1])) if t.shape[-1] < width else t for t in (q, k, v))
         dropout = self.attn_drop.p if self.training else 0.0
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal, scale=self.scale
@@ -158,7 +167,7 @@ def factored_attention(m: nn.Module, heads: Heads, *, biased: int, proj_bias: bo
     new = FactoredAttention(
         heads.q.shape[1],
         heads.o.shape[2],
-        m.num_heads,
+        heads.q.shape[0],
         heads.q.shape[2],
         heads.v.shape[2],
         m.scale,

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from leanvit import surgery
-from leanvit.comcat import Cutter, Part, Plan, make_plan, parts
 from leanvit.comcat_calibrate import Statistics, images_of, spectra
+from leanvit.comcat_cut import Cutter
 from leanvit.comcat_factors import Spectrum, worthwhile
-from leanvit.comcat_modules import FactoredAttention, read_heads
+from leanvit.comcat_plan import Part, Plan, make_plan, parts
 from leanvit.evaluate import device_of, modes_restored
 
 CANDIDATES = {
@@ -85,11 +85,9 @@ def attention_macs(model: nn.Module, tokens: int) -> int:
     """Multiply-adds of QK^T and AV for one image, `N^2 (R1 + R2)` a layer, without the padding of unequal widths."""
     total = 0
     for module in model.modules():
-        if isinstance(module, FactoredAttention):
-            total += tokens**2 * module.num_heads * (module.key_dim + module.value_dim)
-        elif isinstance(getattr(module, "qkv", None), nn.Linear) and hasattr(module, "num_heads"):
-            h = read_heads(module)
-            total += tokens**2 * module.num_heads * (h.q.shape[2] + h.v.shape[2])
+        if isinstance(getattr(module, "qkv", None), nn.Linear) and hasattr(module, "num_heads"):
+            values = module.proj.in_features
+            total += tokens**2 * ((module.qkv.out_features - values) // 2 + values)
     return total
 
 
@@ -127,7 +125,7 @@ def ranks_from_list(model: nn.Module, totals: Sequence[int]) -> dict[str, int]:
     return {p.name: realised(p, int(r)) for p, r in zip(found, totals, strict=True)}
 
 
-def uniform_ranks(model: nn.Module, *, attention: float = 0.0, mlp: float = 0.0, separate: bool = False) -> dict:
+def uniform_ranks(model: nn.Module, *, attention: float = 0.0, mlp: float = 0.0) -> dict[str, int]:
     """Ranks that take the same part of the weights (0 .. 1) out of every attention, or out of every MLP layer.
 
     The setting of the paper's Tables 1 and 4. The part removed is at least what is asked for.
@@ -229,8 +227,6 @@ def greedy(
     spectrum, curves = spectra(model, statistics), {}
     for part in found:
         energy = spectrum[part.name].energy
-        if not torch.isfinite(energy).all():
-            raise ValueError(f"greedy: {part.name} has singular values that are not finite; mend the weights")
         weight = weights[part.name] if weights is not None else 1 / max(float(energy.sum()), 1e-300)
         limit = worthwhile(part.inputs, part.outputs) if part.kind == "fc" else part.full - 1
         ranks = [*range(multiple, limit + 1, multiple)] or [1]

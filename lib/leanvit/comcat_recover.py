@@ -2,113 +2,32 @@
 
 `refit` goes through the blocks and solves every second factor and bias again by ridge regression, so that a layer
 fed by the *compressed* model gives the output that the *original* layer gave (ComCAT's specification, 6.5).
-
-`Distillation` is the authors' loss for training a factored model (2.3), a `loss=` of `train.fit`:
-
-    (1 - a) CE(student, labels) + a CE(student, argmax teacher) + lambda_t * sum over blocks of MSE(student, teacher)
-
-with a = 0.5, the first and the last two blocks, and the uncompressed model as the teacher of both terms.
 """
 
-import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leanvit import surgery
-from leanvit.comcat import plan_of
 from leanvit.comcat_calibrate import images_of
 from leanvit.comcat_modules import FactoredAttention, FactoredLinear
-from leanvit.distill import Distill
+from leanvit.comcat_plan import plan_of
+from leanvit.distill import Distill, aligned_blocks
 from leanvit.evaluate import device_of, modes_restored
 from leanvit.surgery import Report
 
-# --- distillation ----------------------------------------------------------------------------------------------------
 
+def authors_loss(teacher: nn.Module, alignment: float = 0.5) -> Distill:
+    """The released code's loss for a factored model, with the uncompressed one as the teacher (2.3).
 
-def alignment_weights(epochs: int, start: float = 0.5, floor: float = 0.01) -> list[float]:
-    """lambda_t for t = 0 .. epochs - 1: `lambda_t = max(lambda_{t-1} cos(pi t / (2 E)), floor)` (specification 2.3).
-
-    0.5, .4993, .4966, .4905, .4797, .4634 ... for 30 epochs. The running product is the released code's.
+    Half of it on the teacher's classes, the first two and the last two blocks aligned by `alignment`: lambda, to be
+    set for each epoch (`loss.alignment = alignment_weights(epochs)[t]`).
     """
-    weights = [start]
-    for t in range(1, epochs):
-        weights.append(max(weights[-1] * math.cos(math.pi * t / (2 * epochs)), floor))
-    return weights[:epochs]
-
-
-def aligned_blocks(depth: int) -> list[int]:
-    """The first two and the last two blocks."""
-    return sorted({0, 1, depth - 2, depth - 1} & set(range(depth)))
-
-
-class Distillation(Distill):
-    """`loss(model, images, labels)`: `Distill` and the outputs of blocks brought near those of `teacher`.
-
-    Args:
-        teacher: the uncompressed model, in eval mode and without gradients while it is asked; its modes are left alone.
-        alpha: a, the part of the teacher's classes (`hard`) or of its probabilities at `tau`.
-        blocks: whose outputs are aligned, `[]` for none; by default the first two and the last two.
-        alignment: lambda; set it for each epoch, see `alignment_weights`.
-
-    Raises `ValueError` where student and teacher differ in classes, in blocks or in width.
-    """
-
-    def __init__(
-        self,
-        teacher: nn.Module,
-        alpha: float = 0.5,
-        tau: float = 1.0,
-        *,
-        hard: bool = True,
-        blocks: list[int] | None = None,
-        alignment: float = 0.5,
-    ):
-        super().__init__(teacher, alpha, tau, hard=hard)
-        depth = len(getattr(teacher, "blocks", []))
-        self.blocks = aligned_blocks(depth) if blocks is None else list(blocks)
-        self.alignment = alignment
-        if any(not 0 <= b < depth for b in self.blocks):
-            raise ValueError(
-                f"Distillation: blocks {self.blocks} of a teacher with {depth} blocks; name 0..{depth - 1}"
-            )
-
-    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        plain = getattr(model, "module", model)  # of several processes
-        if self.blocks and len(getattr(plain, "blocks", [])) != len(self.teacher.blocks):
-            raise ValueError("Distillation: student and teacher differ in their blocks; use blocks=[]")
-        with modes_restored(self.teacher), self._outputs(plain) as student, self._outputs(self.teacher) as teacher:
-            loss = super().__call__(model, images, labels)
-            if self.blocks and not teacher:  # alpha = 0 asks no teacher
-                with torch.no_grad():
-                    self.teacher.eval()(images)
-        for i in self.blocks:
-            a, b = student[i], teacher[i]
-            if a.shape != b.shape:
-                shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
-                raise ValueError(f"Distillation: blocks give {shapes}; align models of one width, or blocks=[]")
-            loss = loss + self.alignment * F.mse_loss(a, b)
-        return loss
-
-    @contextmanager
-    def _outputs(self, model: nn.Module) -> Iterator[dict[int, Tensor]]:
-        """What the aligned blocks give, filled by the forward pass inside."""
-        seen: dict[int, Tensor] = {}
-        hooks = [
-            model.blocks[i].register_forward_hook(lambda m, inputs, y, i=i: seen.__setitem__(i, y)) for i in self.blocks
-        ]
-        try:
-            yield seen
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-
-# --- closed-form re-fit ----------------------------------------------------------------------------------------------
+    blocks = aligned_blocks(len(getattr(teacher, "blocks", [])))
+    return Distill(teacher, 0.5, hard=True, blocks=blocks, alignment=alignment)
 
 
 class Regression:

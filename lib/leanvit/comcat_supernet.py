@@ -13,36 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leanvit import surgery
-from leanvit.comcat import Cutter, Part, Plan
+from leanvit.comcat_cut import Cutter
 from leanvit.comcat_factors import Spectrum
-from leanvit.comcat_modules import FactoredAttention, FactoredLinear, query_side, read_heads, read_linear
+from leanvit.comcat_modules import FactoredAttention
+from leanvit.comcat_plan import Part, Plan
 
 
 def coverage(ranks: list[int | None], directions: int) -> Tensor:
     """`(directions, candidates)`: 1 where a candidate keeps a direction; `c = coverage @ p`."""
     limits = torch.tensor([directions if r is None else r for r in ranks])
     return (limits[None] > torch.arange(directions)[:, None]).float()
-
-
-def product(model: nn.Module, part: Part, absorb: bool) -> tuple[Tensor, Tensor | None]:
-    """The thin factors of a part as it is now, dense or factored (`absorb`: the queries' bias as a last row)."""
-    module = model.get_submodule(part.module)
-    if part.kind == "fc":
-        return read_linear(module)[:2]
-    h = read_heads(module)
-    return (query_side(h, absorb), h.k.mT) if part.kind == "qk" else (h.v, h.o)
-
-
-def current_ranks(model: nn.Module, found: list[Part]) -> dict[str, int]:
-    """The ranks per head of the parts as they are now; dense ones are absent."""
-    ranks = {}
-    for part in found:
-        module = model.get_submodule(part.module)
-        if isinstance(module, FactoredAttention):
-            ranks[part.name] = module.key_dim if part.kind == "qk" else module.value_dim
-        elif isinstance(module, FactoredLinear):
-            ranks[part.name] = module.rank
-    return ranks
 
 
 @contextmanager

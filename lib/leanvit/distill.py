@@ -1,48 +1,72 @@
-"""Distillation from an uncompressed model, as a loss for `train.fit` and for searches."""
+"""Distillation from an uncompressed model, of its classes and of its blocks, as a loss for `train.fit` and searches."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from leanvit.evaluate import modes_restored
+
 
 class Distill:
-    """`(1 - alpha) CE(student, labels) + alpha KD`, called as `loss(model, images, labels)`.
+    """`loss(model, images, labels)`, by default of the classes alone:
+
+        (1 - alpha) CE(student, labels) + alpha KD + alignment * sum over blocks of MSE(student's block, teacher's)
 
     KD is `tau^2 KL(softmax(teacher / tau) || softmax(student / tau))`, summed over classes and divided by the batch;
     with `per_class` also by the number of classes, as DeiT's released loss and UVC's do, which makes it C times weaker.
     `hard`: cross-entropy with the teacher's choice. A model that answers (logits, distillation logits) is taught by the
-    second. The teacher sees the same images in eval mode and gets no gradient.
+    second. `blocks`: those whose outputs are aligned, see `aligned_blocks`; `alignment` may be set anew for each epoch,
+    see `alignment_weights`. The teacher sees the same images in eval mode, gets no gradient and keeps its modes.
 
-    Raises `ValueError` for alpha outside [0, 1], tau <= 0, or a teacher of another number of classes than the student.
+    Raises `ValueError` for alpha outside [0, 1], tau <= 0, blocks that the teacher does not have, and, when called, for
+    a teacher of other classes, blocks or widths than the student.
     """
 
-    def __init__(self, teacher: nn.Module, alpha: float = 0.5, tau: float = 2.0, *, hard: bool = False,
-                 per_class: bool = False):  # fmt: skip
+    def __init__(
+        self,
+        teacher: nn.Module,
+        alpha: float = 0.5,
+        tau: float = 2.0,
+        *,
+        hard: bool = False,
+        per_class: bool = False,
+        blocks: Sequence[int] = (),
+        alignment: float = 0.0,
+    ):
         if not 0 <= alpha <= 1:
             raise ValueError(f"Distill: alpha={alpha} must be in [0, 1]")
         if not tau > 0:
             raise ValueError(f"Distill: tau={tau} must be > 0")
         self.teacher, self.alpha, self.tau, self.hard, self.per_class = teacher, alpha, tau, hard, per_class
+        self.blocks, self.alignment = list(blocks), alignment
+        depth = len(getattr(teacher, "blocks", []))
+        if any(not 0 <= b < depth for b in self.blocks):
+            raise ValueError(f"Distill: blocks {self.blocks} of a teacher with {depth} blocks; name 0..{depth - 1}")
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        output = model(images)
+        student = getattr(model, "module", model)  # of several processes
+        if self.blocks and len(getattr(student, "blocks", [])) != len(self.teacher.blocks):
+            raise ValueError("Distill: student and teacher differ in their blocks; use blocks=[]")
+        with self._outputs(student) as ours:
+            output = model(images)
         logits, taught = output if isinstance(output, tuple) else (output, output)
         value = F.cross_entropy(logits.float(), labels)
-        if self.alpha == 0:
+        if self.alpha == 0 and not self.blocks:
             return value
-        training = self.teacher.training
-        self.teacher.eval()
-        try:
-            with torch.no_grad():
-                told = self.teacher(images)
-        finally:
-            self.teacher.train(training)
-        if told.shape != taught.shape:
-            raise ValueError(
-                f"Distill: the teacher has {told.shape[-1]} classes, the model {taught.shape[-1]}; give a teacher of "
-                "the same classes"
-            )
-        return (1 - self.alpha) * value + self.alpha * self.distance(taught.float(), told.float())
+        with modes_restored(self.teacher), self._outputs(self.teacher) as theirs, torch.no_grad():
+            told = self.teacher.eval()(images)
+        if self.alpha:
+            if told.shape != taught.shape:
+                raise ValueError(
+                    f"Distill: the teacher has {told.shape[-1]} classes, the model {taught.shape[-1]}; give a teacher "
+                    "of the same classes"
+                )
+            value = (1 - self.alpha) * value + self.alpha * self.distance(taught.float(), told.float())
+        return value + self.alignment * self._apart(ours, theirs) if self.blocks else value
 
     def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
         """KD of logits `(B, classes)`."""
@@ -51,3 +75,40 @@ class Distill:
         log_student, log_teacher = (F.log_softmax(t / self.tau, 1) for t in (student, teacher))
         total = F.kl_div(log_student, log_teacher, reduction="sum", log_target=True) * self.tau**2
         return total / (student.numel() if self.per_class else len(student))
+
+    def _apart(self, ours: dict[int, Tensor], theirs: dict[int, Tensor]) -> Tensor:
+        """The sum of the blocks' mean squared differences."""
+        for i in self.blocks:
+            if ours[i].shape != theirs[i].shape:
+                shapes = f"{tuple(ours[i].shape)} and {tuple(theirs[i].shape)}"
+                raise ValueError(f"Distill: blocks give {shapes}; align models of one width and token number")
+        return sum(F.mse_loss(ours[i].float(), theirs[i].float()) for i in self.blocks)
+
+    @contextmanager
+    def _outputs(self, model: nn.Module) -> Iterator[dict[int, Tensor]]:
+        """What the aligned blocks give, filled by the forward pass inside."""
+        seen: dict[int, Tensor] = {}
+        hooks = [
+            model.blocks[i].register_forward_hook(lambda m, inputs, y, i=i: seen.__setitem__(i, y)) for i in self.blocks
+        ]
+        try:
+            yield seen
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def alignment_weights(epochs: int, start: float = 0.5, floor: float = 0.01) -> list[float]:
+    """ComCAT's lambda_t, t = 0 .. epochs - 1: `max(lambda_{t-1} cos(pi t / (2 E)), floor)` (its specification, 2.3).
+
+    0.5, .4993, .4966, .4905, .4797, .4634 ... for 30 epochs. The running product is the released code's.
+    """
+    weights = [start]
+    for t in range(1, epochs):
+        weights.append(max(weights[-1] * math.cos(math.pi * t / (2 * epochs)), floor))
+    return weights[:epochs]
+
+
+def aligned_blocks(depth: int) -> list[int]:
+    """The first two and the last two blocks, which ComCAT aligns."""
+    return sorted({0, 1, depth - 2, depth - 1} & set(range(depth)))

@@ -1,6 +1,7 @@
-"""The pool: a process for each run, several at once, here or on Ray; what is interrupted can go on, what fails is told.
+"""The pool: a process for each run, several at once; what is interrupted can go on, what fails is told.
 
-The runner sees a run as something with poll(), interrupt() and kill(). Exit codes are trusted, never the metadata of a
+The runner sees a run as something with poll(), interrupt(), kill() and the seconds it took: a process of this machine,
+or a task of a cluster (cluster.py). Exit codes are trusted, never the metadata of a
 notebook; a run that ended well has put its result in place as its last act (worker.py).
 """
 
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 CELL_TIMEOUT_S = {"smoke": 300, "embedded": 3600}  # elsewhere a cell may take days
+LOCK_TIMEOUT_S = 10.0  # time for the orphans of a killed runner to go
 SAVE_TIMEOUT_S = 30  # for a checkpoint after Ctrl-C
 NOISE = re.compile("Executing Cell|Ending Cell|Executing notebook|TCP without encryption")
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -51,6 +53,11 @@ class Job:
         return self.result.with_suffix(".log")
 
     @property
+    def lock(self) -> Path:
+        """Held while a process executes the run."""
+        return Path(".cache", f"{self.label.replace('/', '-')}.lock")
+
+    @property
     def failed(self) -> Path:
         """The notebook that a failed run leaves."""
         return self.result.with_suffix(".failed.ipynb")
@@ -59,7 +66,8 @@ class Job:
 class Local:
     """A run as a process of this machine, in a session of its own."""
 
-    def __init__(self, root: Path, job: Job, threads: int):
+    def __init__(self, root: Path, job: Job, threads: int, lock_timeout_s: float = LOCK_TIMEOUT_S):
+        self.began, self.seconds = time.monotonic(), 0.0
         log = root / job.log
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w", encoding="utf-8") as file:
@@ -78,6 +86,8 @@ class Local:
             "result": job.result.as_posix(),
             "parameters": job.parameters,
             "cell_timeout_s": CELL_TIMEOUT_S.get(job.tier),
+            "lock": job.lock.as_posix(),
+            "lock_timeout_s": lock_timeout_s,
             "parent": os.getpid(),
         }
         with contextlib.suppress(BrokenPipeError):  # it died at once; its exit code tells
@@ -86,7 +96,9 @@ class Local:
 
     def poll(self) -> int | None:
         """The exit code, None while it runs."""
-        return self.process.poll()
+        code = self.process.poll()
+        self.seconds = time.monotonic() - self.began if code is None or not self.seconds else self.seconds
+        return code
 
     def interrupt(self) -> None:
         """Ctrl-C for the kernel: training saves a checkpoint, the notebook stops."""
@@ -112,41 +124,6 @@ class Local:
                 with contextlib.suppress(psutil.Error):
                     child.kill()
         self.process.wait()
-
-
-class OnRay:
-    """A run as a Ray task, on whatever node has the cores; all nodes must see the repository under the same path."""
-
-    def __init__(self, root: Path, job: Job, threads: int):
-        import ray
-
-        def work() -> int:
-            local = Local(root, job, threads)
-            try:
-                while local.poll() is None:
-                    time.sleep(0.2)
-            finally:
-                local.kill()
-            return local.poll()
-
-        gpus = 1 if ray.cluster_resources().get("GPU") else 0
-        self.ray, self.task = ray, ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=0)(work).remote()
-
-    def poll(self) -> int | None:
-        """The exit code, None while it waits or runs."""
-        done, _ = self.ray.wait([self.task], timeout=0)
-        try:
-            return self.ray.get(self.task) if done else None
-        except self.ray.exceptions.RayError:
-            return 1
-
-    def interrupt(self) -> None:
-        """Ray tasks cannot be told to save; they go on from their last periodic checkpoint."""
-        self.ray.cancel(self.task)
-
-    def kill(self) -> None:
-        """End the task now."""
-        self.ray.cancel(self.task, force=True)
 
 
 def _environment(job: Job, threads: int) -> dict[str, str]:
@@ -204,9 +181,9 @@ def execute(
                 except OSError as error:  # disk full, no process left: the others go on
                     _say(f"x {job.label}: cannot start: {error}")
                     outcomes.append(Outcome(job, "failed"))
-            for job, process, began in list(running.values()):
+            for job, process, _ in list(running.values()):
                 if (code := process.poll()) is not None:
-                    outcomes.append(_finish(root, job, code, time.monotonic() - began))
+                    outcomes.append(_finish(root, job, code, process.seconds))
                     del running[job.result]
                     after()
             _show_progress(root, running)

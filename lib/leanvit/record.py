@@ -34,7 +34,10 @@ FIELDS = (
 ).split()
 PACKAGES = "leanvit torch torchvision timm accelerate peft numpy safetensors papermill ipykernel cupy-cuda13x".split()
 # the command line and the site are no part of what a notebook computes
-NOT_HASHED = {"run.py", "pool.py", "worker.py", "report.py"}
+NOT_HASHED = {
+    "run.py", "pool.py", "worker.py", "cluster.py", "ledger.py",
+    "report.py", "report_frame.py", "report_notebook.py", "report_api.py",
+}  # fmt: skip
 
 
 def find_root(start: Path | None = None) -> Path:

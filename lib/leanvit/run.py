@@ -2,7 +2,9 @@
 
     leanvit run params/1_lbp_wht/embedded.yaml [-p lr 1e-3]   one run, or several files; -p overrides
     leanvit run --tier smoke [--notebook 1_lbp_wht]           every notebook that has this tier
+    leanvit run --tier paper --cluster auto                   on a Ray cluster (--print-commands: for Slurm arrays)
     leanvit list                                              parameter files, and the state of each result
+    leanvit claims [--paper comcat] [--verdict differs]       every published number beside ours
     leanvit report                                            outputs/ -> outputs/site/index.html
 
 Where results go: params/<notebook>/smoke.yaml leads to outputs/smoke/<notebook>.ipynb and .json, paper_x.yaml to
@@ -16,12 +18,15 @@ failed, 2 wrong parameters, 130 interrupted.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
+import shlex
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from leanvit import claims, params, pool, record
@@ -121,7 +126,7 @@ def select(root: Path, tier: str, notebooks: list[str]) -> list[Path]:
             message = f"params/{name}/{tier}.yaml is not there"
             if notebooks:
                 raise params.ParameterError(message)
-            print(f"  {name}: skipped, {message}")
+            print(f"  {name}: skipped, {message}", file=sys.stderr)
     files = [file for file in files if file.parent.name in (notebooks or known)]
     if not files:
         raise params.ParameterError(f"no notebook has the tier {tier}: there is no params/*/{tier}*.yaml")
@@ -136,7 +141,7 @@ def check_writable(root: Path, jobs: list[Job]) -> None:
             record.write_atomic(probe, "can this be written?")
         except OSError as error:
             raise OSError(f"{folder.as_posix()}/ cannot be written: {error.__cause__.strerror}") from None
-        probe.unlink()
+        probe.unlink(missing_ok=True)
 
 
 def run_command(root: Path, options: argparse.Namespace) -> int:
@@ -152,22 +157,20 @@ def run_command(root: Path, options: argparse.Namespace) -> int:
             problems.append(str(error))
     if problems:
         raise params.ParameterError("\n".join(problems))
+    if options.cluster and options.print_commands:
+        raise params.ParameterError("--cluster and --print-commands exclude each other")
     check_writable(root, jobs)
-    if options.ray:
-        _connect_to_ray()
-        at_once, threads = options.jobs or len(jobs), 2
-    else:
-        on_gpu = any(job.tier in ("gpu", "paper") for job in jobs)
-        at_once = min(options.jobs or (1 if on_gpu else max(1, record.cores() // 2)), len(jobs))
-        threads = max(1, record.cores() // at_once)
-    print(f"{len(jobs)} run(s), {at_once} at once, {threads} threads each", flush=True)
+    if options.print_commands:
+        return _print_commands(root, dict(zip([job.result for job in jobs], files, strict=True)), jobs, options)
+    launch, at_once, threads, where = _place(root, jobs, options)
+    print(f"{len(jobs)} run(s), {where}", flush=True)
     outcomes, due = _sort_out(root, jobs, options.force)
     outcomes += pool.execute(
         root,
         due,
         at_once=at_once,
         threads=threads,
-        launch=pool.OnRay if options.ray else pool.Local,
+        launch=launch,
         after=lambda: _render(root) if options.report else None,
     )
     if options.report and (index := _render(root)):
@@ -190,12 +193,29 @@ def _sort_out(root: Path, jobs: list[Job], force: bool) -> tuple[list[Outcome], 
     return fresh, due
 
 
-def _connect_to_ray() -> None:
-    try:
-        import ray
-    except ImportError:
-        raise params.ParameterError("--ray needs Ray, which is not installed: pip install 'leanvit[cluster]'") from None
-    ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level="error")
+def _place(root: Path, jobs: list[Job], options: argparse.Namespace) -> tuple[Callable, int, int, str]:
+    """What starts a run, how many at once, threads of each, and this in words."""
+    if options.cluster:
+        from leanvit.cluster import Cluster
+
+        nodes = Cluster(root, options.cluster)
+        nodes.check(jobs)
+        return nodes.launch, options.jobs or len(jobs), 1, f"on a cluster of {len(nodes.nodes)} node(s)"
+    on_gpu = any(job.tier in ("gpu", "paper") for job in jobs)
+    at_once = min(options.jobs or (1 if on_gpu else max(1, record.cores() // 2)), len(jobs))
+    threads = max(1, record.cores() // at_once)
+    return pool.Local, at_once, threads, f"{at_once} at once, {threads} threads each"
+
+
+def _print_commands(root: Path, files: dict[Path, Path], jobs: list[Job], options: argparse.Namespace) -> int:
+    """A shell command for each run that is due, one a line; what is up to date is told on standard error."""
+    with contextlib.redirect_stdout(sys.stderr):
+        _, due = _sort_out(root, jobs, options.force)
+    for job, _ in due:
+        words = [sys.executable, "-m", "leanvit.run", "run", str(files[job.result].resolve())]
+        words += [word for name, value in options.p for word in ("-p", name, value)]
+        print(f"cd {shlex.quote(str(root))} && {shlex.join(words + ['--force'] * options.force)}")
+    return 0
 
 
 def _render(root: Path) -> str | None:
@@ -226,6 +246,20 @@ def list_command(root: Path) -> int:
     return 0
 
 
+def claims_command(root: Path, options: argparse.Namespace) -> int:
+    """`leanvit claims`."""
+    from leanvit import ledger
+
+    rows = ledger.rows(root, options.paper, options.verdict)
+    if options.out is None:
+        print(ledger.text(rows), end="")
+        return 0
+    page = options.out.suffix == ".html"
+    head = '<!DOCTYPE html>\n<html lang="en"><meta charset="utf-8"><title>leanvit: ledger</title>\n'
+    record.write_atomic(options.out, f"{head}{ledger.html(rows)}</html>\n" if page else ledger.text(rows))
+    return 0
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line as argparse sees it."""
     top = argparse.ArgumentParser("leanvit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -243,9 +277,21 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--jobs", type=int, metavar="N", help="runs at once (default: one for each two cores; one on a GPU)"
     )
-    run.add_argument("--ray", action="store_true", help="spread the runs over a Ray cluster (needs leanvit[cluster])")
+    run.add_argument(
+        "--cluster",
+        metavar="ADDRESS",
+        help="spread the runs over a running Ray cluster: auto (the one this machine belongs to) or its address "
+        "(needs leanvit[cluster])",
+    )
+    run.add_argument(
+        "--print-commands", action="store_true", help="run nothing: print a shell command a run, for a Slurm array"
+    )
     run.add_argument("--report", action="store_true", help="render outputs/site/ after each run")
     commands.add_parser("list", help="parameter files and the state of their results")
+    ledger = commands.add_parser("claims", help="every published number beside ours")
+    ledger.add_argument("--paper", help="only this paper or notebook, e.g. comcat")
+    ledger.add_argument("--verdict", help=f"only these: {', '.join(claims.VERDICTS)}")
+    ledger.add_argument("--out", type=Path, metavar="FILE", help="write it there: HTML to *.html, else text")
     commands.add_parser("report", help="render outputs/ as a static site")
     return top
 
@@ -263,6 +309,8 @@ def main(argv: list[str] | None = None) -> int:
             return run_command(root, options)
         if options.command == "list":
             return list_command(root)
+        if options.command == "claims":
+            return claims_command(root, options)
         index = _render(root)
         print(index or "")
         return int(index is None)

@@ -12,13 +12,16 @@ T_k is the sum of the k smallest, R the part of the dense FLOPs (`uvc_plan.py`),
     uvc.apply(model, plan)                                                           # physically smaller, for good
     train.fit(model, ..., loss=Distill(teacher)); uvc.save(model, path)              # stage 2
 
-Rooms: `uvc_plan` (shapes, counts, plan), `uvc_slicing` (apply, mask, save, load), `uvc_math` (norms, proximal step,
-gates, R), `uvc_cost` (FLOPs, latency), `uvc_budget` (exact finish, controls), `uvc_search` (the corrected solver),
-`uvc_faithful` and `uvc_flags` (the authors'), `uvc_training` (what both share).
+Rooms: `uvc_plan` (shapes, counts, plan), `uvc_modules` and `uvc_slicing` (apply, mask, save, load), `uvc_math` (norms,
+proximal step, gates, R), `uvc_cost` (FLOPs, latency), `uvc_budget` (exact finish, controls), `uvc_search`,
+`uvc_settings` and `uvc_importance` (the corrected solver), `uvc_faithful` and `uvc_flags` (the authors'),
+`uvc_training` (what both share).
 
-Known divergences of the default from the authors' code: variables are fractions and every kind of group has a
-clip of its own (theirs starves MLP units); R in the dual step is that of the exported network; z is controlled on a
-ramp (theirs winds up); the plan meets the budget exactly, in sizes a machine likes; what goes is sliced, not masked;
+Known divergences of the default from the authors' code: groups are ranked by what their removal costs the loss and
+weighed against each other (`uvc_importance`; `Settings(importance="norms")` ranks by the paper's norms, where every
+kind of group has a clip of its own: theirs starves MLP units); variables are fractions; R in the dual step is that of
+the exported network; z is controlled on a ramp (theirs winds up); the plan meets the budget exactly, in sizes a machine
+likes; what goes is sliced, not masked;
 patches are gathered (theirs are multiplied by zero, which saves nothing), their number given and their places found by
 the size of the loss's gradient. `mode="faithful"` is their solver.
 """
@@ -32,9 +35,11 @@ from leanvit.uvc_budget import magnitude_plan, random_plan
 from leanvit.uvc_cost import LatencyTable, measure_latency
 from leanvit.uvc_faithful import FaithfulSearch
 from leanvit.uvc_flags import README, Flags, from_flags
+from leanvit.uvc_modules import KeepPatches, SlicedAttention
 from leanvit.uvc_plan import BlockPlan, BlockShape, Plan, Shapes, dense_macs, head_macs, read_shapes
-from leanvit.uvc_search import CorrectedSearch, Settings
-from leanvit.uvc_slicing import KeepPatches, SlicedAttention, apply, kept_blocks, load, mask, save
+from leanvit.uvc_search import CorrectedSearch
+from leanvit.uvc_settings import Settings
+from leanvit.uvc_slicing import apply, kept_blocks, load, mask, save
 from leanvit.uvc_training import Loss
 
 __all__ = [

@@ -33,7 +33,13 @@ class _Block:
     """One block's groups in the order in which they go: norms as a part of the block's, and what sizes are allowed."""
 
     def __init__(
-        self, shape: BlockShape, norms: Norms, round_units: int, round_dims: int | None, fixed: Collection[str]
+        self,
+        shape: BlockShape,
+        norms: Norms,
+        round_units: int,
+        round_dims: int | None,
+        fixed: Collection[str],
+        absolute: bool = False,
     ):
         if len(set(shape.values)) > 1:
             raise ValueError(
@@ -48,6 +54,8 @@ class _Block:
         self.round_dims = min(round_dims, self.width) if round_dims else None
         ordered = [d.sort().values.double() for d in norms.dims]
         self.head_order = norms.heads.argsort().tolist()
+        # where norms are of one unit over all blocks, relative ones are made absolute again
+        self.worth = [float(a.double().sum()) if absolute else 1.0 for a in (norms.heads, norms.units)]
         self.dims = [(d.cumsum(0) / norms.heads.sum().double().clamp_min(1e-300)).tolist() for d in ordered]
 
     def least(self) -> Counts:
@@ -65,12 +73,12 @@ class _Block:
         return None if n >= whole else min(n // step * step + step, whole)
 
     def value(self, c: Counts) -> float:
-        """Relative norm of what stays, heads and units each out of 1."""
+        """Norm of what stays, heads and units each out of 1, or out of their own sums."""
         heads = 1 - self.heads[self.shape.heads - c.heads]
         if c.width < self.width:
             gone = self.width - c.width
             heads -= sum(self.dims[i][gone - 1] for i in self.head_order[self.shape.heads - c.heads :])
-        return heads + 1 - self.units[self.shape.hidden - c.units]
+        return self.worth[0] * heads + self.worth[1] * (1 - self.units[self.shape.hidden - c.units])
 
     def neighbours(self, c: Counts, direction: str) -> list[Counts]:
         """Counts one group away, "smaller" or "larger"."""
@@ -124,6 +132,7 @@ def meet(
     patches: tuple[int, ...] | None = None,
     origin: dict | None = None,
     fixed: Collection[str] = (),
+    absolute: bool = False,
 ) -> Plan:
     """The plan near `start` whose cost is at most the budget, and less than one group below it.
 
@@ -135,6 +144,8 @@ def meet(
         round_units, round_dims: sizes are multiples of these (or the whole); `round_dims=None` leaves value dimensions
             alone, else all heads of a block get the same number, so that they fit one product.
         fixed: "heads" or "units", of which none may go.
+        absolute: the norms are of one unit over all blocks and kinds (`uvc_importance`); else they count as parts of
+            the sum of their block and kind.
 
     Raises `ValueError` for a budget below the floor.
     """
@@ -144,7 +155,7 @@ def meet(
         raise ValueError("a latency table knows no value dimensions; use round_dims=None")
     check_budget(budget, cost, floor(cost, round_units=round_units, round_dims=round_dims, skip=True, fixed=fixed))
     shapes = cost.shapes
-    tables = [_Block(s, n, round_units, round_dims, fixed) for s, n in zip(shapes.blocks, norms, strict=True)]
+    tables = [_Block(s, n, round_units, round_dims, fixed, absolute) for s, n in zip(shapes.blocks, norms, strict=True)]
     whole = [Counts(s.heads, max(s.values), s.hidden) for s in shapes.blocks]
     now: list[Counts | None] = [_rounded(t, c) for t, c in zip(tables, start or whole, strict=True)]
     limit = budget * cost.dense * (1 + 1e-12)
@@ -164,7 +175,7 @@ def meet(
             )
         now[min(running, key=lambda i: gates[i])] = None
     if gates is not None:
-        _restore_blocks(now, whole, gates, price, cost.fixed, limit)
+        _restore_blocks(now, whole, [t.least() for t in tables], gates, price, cost.fixed, limit)
     total = cost.fixed + sum(price(i, c) for i, c in enumerate(now))
 
     def options(direction: str) -> Iterable[tuple[float, float, int, Counts]]:
@@ -201,15 +212,18 @@ def _rounded(table: _Block, counts: Counts | None) -> Counts | None:
 
 
 def _restore_blocks(
-    now: list, whole: list, gates: Sequence[float], price: Callable, fixed: float, limit: float
+    now: list, whole: list, least: list, gates: Sequence[float], price: Callable, fixed: float, limit: float
 ) -> None:
-    """Where all running blocks may stay whole and something is left over, the next best skipped one comes back."""
+    """Where all running blocks may stay whole and a block's least size is left over, the best skipped one comes."""
     while any(c is None for c in now):
         total = fixed + sum(price(i, whole[i]) for i, c in enumerate(now) if c is not None)
         chunk = min(price(i, w) for i, w in enumerate(whole)) * 1e-3  # rounding of a budget that is met exactly
         if total > limit - chunk:
             return
         best = max((i for i, c in enumerate(now) if c is None), key=lambda i: gates[i])
+        running = [best, *(i for i, c in enumerate(now) if c is not None)]
+        if fixed + sum(price(i, least[i]) for i in running) > limit:
+            return
         now[best] = whole[best]
 
 

@@ -49,7 +49,8 @@ class FlopsCost:
         return attention_macs(kept, self.shapes.width, self.tokens)
 
     def mlp(self, block: int, units: int) -> float:
-        return mlp_macs(BlockShape(0, 0, (), units), self.shapes.width, self.tokens)
+        kept = BlockShape(0, 0, (), units, self.shapes.blocks[block].mlp_ranks)
+        return mlp_macs(kept, self.shapes.width, self.tokens)
 
     def ratio(self, s: Tensor, r: Tensor, dead: Tensor, run: Tensor) -> Tensor:
         """R of real-numbered counts, differentiable; see `uvc_math.flops_ratio`."""

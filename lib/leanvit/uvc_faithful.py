@@ -30,6 +30,7 @@ from leanvit.uvc_math import (
     smallest,
     soft_gate,
     soft_l0_gate,
+    unit_columns,
 )
 from leanvit.uvc_plan import BlockPlan, Plan
 from leanvit.uvc_training import Loss, Trainer
@@ -164,7 +165,7 @@ class FaithfulSearch(Trainer):
                 columns = torch.arange(starts[h], starts[h] + values[h], device=self.device)
                 shrink_(projection, columns, self.rate * self.y[i, 0].item())
             columns = smallest(norm.units, self.s[i, 1]).to(self.device)
-            shrink_(block.mlp.fc2.weight, columns, self.rate * self.y[i, 1].item())
+            shrink_(unit_columns(block.mlp), columns, self.rate * self.y[i, 1].item())
 
     def _pull(self, ratio: Tensor) -> float:
         """Derivative of clamp(R - b, -c, c): 1, or 0 beyond c."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from leanvit.comcat_modules import FactoredLinear
 from leanvit.uvc_plan import Shapes, dense_macs
 
 TAU = 0.5  # temperature of the block gates
@@ -30,14 +31,16 @@ class Norms:
 def group_norms(model: nn.Module, shapes: Shapes) -> list[Norms]:
     """Squared norms of the columns of `attn.proj` (value dimensions, heads) and `mlp.fc2` (hidden units), by block.
 
+    A layer that ComCAT has factored counts as the product of its factors.
+
     Raises `ValueError` that names a layer with a norm that is not finite.
     """
     found = []
     with torch.no_grad():
         for i, (block, shape) in enumerate(zip(model.blocks, shapes.blocks, strict=True)):
             columns = {}
-            for name in ("attn.proj", "mlp.fc2"):
-                columns[name] = block.get_submodule(name).weight.float().square().sum(0)
+            for name, weight in (("attn.proj", block.attn.proj.weight), ("mlp.fc2", product(block.mlp.fc2))):
+                columns[name] = weight.float().square().sum(0)
                 if not columns[name].isfinite().all():
                     raise ValueError(
                         f"blocks.{i}.{name} has weights that are not finite; nothing can be ranked by them"
@@ -45,6 +48,16 @@ def group_norms(model: nn.Module, shapes: Shapes) -> list[Norms]:
             dims = columns["attn.proj"].split(shape.values)
             found.append(Norms(dims, torch.stack([d.sum() for d in dims]), columns["mlp.fc2"]))
     return found
+
+
+def product(layer: nn.Module) -> Tensor:
+    """`(out, in)`: the weight of a layer, or of one that ComCAT has factored the product."""
+    return layer.second.weight @ layer.first.weight if isinstance(layer, FactoredLinear) else layer.weight
+
+
+def unit_columns(mlp: nn.Module) -> Tensor:
+    """The weight whose columns are the hidden units' way out: that of fc2, or of the first of its factors."""
+    return mlp.fc2.first.weight if isinstance(mlp.fc2, FactoredLinear) else mlp.fc2.weight
 
 
 class _LeastK(torch.autograd.Function):
@@ -133,7 +146,9 @@ def flops_ratio(shapes: Shapes, s: Tensor, r: Tensor, dead: Tensor, run: Tensor,
         rows = left + cut if paper else left  # of V
         keys = (b.heads - heads) * b.head_dim
         attention = keys * (2 * squared + tokens**2) + rows * squared + left * (tokens**2 + squared)
-        total = total + run[i] * (attention + 2 * squared * (b.hidden - units))
+        kept = b.hidden - units
+        mlp = sum(squared * kept if rank is None else tokens * rank * (shapes.width + kept) for rank in b.mlp_ranks)
+        total = total + run[i] * (attention + mlp)
     return total / dense_macs(shapes)
 
 

@@ -21,19 +21,25 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from leanvit import surgery
+from leanvit.comcat_modules import FactoredAttention, FactoredLinear, PackedLinear
 from leanvit.sites import blank_images
+from leanvit.uvc_modules import SlicedAttention
 
 FORMAT = 1  # of a plan's JSON
 
 
 @dataclass(frozen=True)
 class BlockShape:
-    """One block: heads of `head_dim` query and key dimensions, the value dimensions of each head, hidden units."""
+    """One block: heads of `head_dim` query and key dimensions, the value dimensions of each head, hidden units.
+
+    `mlp_ranks`: the ranks of fc1 and fc2 where ComCAT has factored them, None where they are dense.
+    """
 
     heads: int
     head_dim: int
     values: tuple[int, ...]
     hidden: int
+    mlp_ranks: tuple[int | None, int | None] = (None, None)
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,10 @@ class Shapes:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Shapes":
-        blocks = tuple(BlockShape(**{**b, "values": tuple(b["values"])}) for b in data["blocks"])
+        blocks = tuple(
+            BlockShape(**{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in b.items()})
+            for b in data["blocks"]
+        )
         return cls(**{**data, "blocks": blocks})
 
 
@@ -190,8 +199,8 @@ def attention_macs(shape: BlockShape, width: int, tokens: int) -> int:
 
 
 def mlp_macs(shape: BlockShape, width: int, tokens: int) -> int:
-    """Multiply-adds of the MLP of one image."""
-    return 2 * tokens * width * shape.hidden
+    """Multiply-adds of the MLP of one image; a layer factored at rank r takes `r (in + out)` a token."""
+    return sum(tokens * (width * shape.hidden if r is None else r * (width + shape.hidden)) for r in shape.mlp_ranks)
 
 
 def block_macs(shape: BlockShape, width: int, tokens: int) -> int:
@@ -207,11 +216,12 @@ def dense_macs(shapes: Shapes) -> int:
 def head_macs(model: nn.Module) -> int:
     """Multiply-adds of the classifiers on one image."""
     modules = (model.get_submodule(name) for name in surgery.head_modules(model))
-    return sum(m.weight.numel() for m in modules if isinstance(m, nn.Linear))
+    return sum(m.weight.numel() for head in modules for m in head.modules() if isinstance(m, nn.Linear))
 
 
 def _kept_shape(shape: BlockShape, block: BlockPlan) -> BlockShape:
-    return BlockShape(len(block.heads), shape.head_dim, tuple(len(v) for v in block.values), len(block.units))
+    values = tuple(len(v) for v in block.values)
+    return BlockShape(len(block.heads), shape.head_dim, values, len(block.units), shape.mlp_ranks)
 
 
 # --- reading a model -------------------------------------------------------------------------------------------------
@@ -219,10 +229,8 @@ def _kept_shape(shape: BlockShape, block: BlockPlan) -> BlockShape:
 
 def _check_block(i: int, block: nn.Module) -> None:
     """Raise `ValueError` for a block whose attention or MLP cannot be cut."""
-    from leanvit.uvc_slicing import SlicedAttention  # which needs this module
-
     attn, mlp = getattr(block, "attn", None), getattr(block, "mlp", None)
-    if type(attn) not in (Attention, SlicedAttention):
+    if type(attn) not in (Attention, SlicedAttention, FactoredAttention):
         raise ValueError(
             f"UVC cuts timm's Attention; blocks.{i} ({type(block).__name__}) has {type(attn).__name__} as attn"
         )
@@ -235,16 +243,28 @@ def _check_block(i: int, block: nn.Module) -> None:
     if getattr(attn, "gate", None) is not None:
         raise ValueError(f"blocks.{i} gates the attention's output by a layer of its own, which UVC does not cut")
     layers = {"attn.qkv": attn.qkv, "attn.proj": attn.proj, "mlp.fc1": mlp.fc1, "mlp.fc2": mlp.fc2}
+    for name in ("mlp.fc1", "mlp.fc2"):
+        if type(layer := layers[name]) is FactoredLinear:
+            del layers[name]
+            layers |= {f"{name}.first": layer.first, f"{name}.second": layer.second}
     for name, layer in layers.items():
-        if type(layer) is not nn.Linear:
+        packed = name == "attn.qkv" and type(attn) is FactoredAttention and type(layer) is PackedLinear
+        if type(layer) is not nn.Linear and not packed:
             raise ValueError(
                 f"blocks.{i}.{name} is {type(layer).__name__}, UVC cuts nn.Linear; merge or detach what was attached "
                 "to it, or cut first and attach afterwards"
             )
 
 
-def _values(attn: nn.Module) -> tuple[int, ...]:
+def value_dims(attn: nn.Module) -> tuple[int, ...]:
+    """The value dimensions of each head."""
     return tuple(getattr(attn, "values", None) or [attn.head_dim] * attn.num_heads)
+
+
+def _shape(block: nn.Module) -> BlockShape:
+    attn, mlp = block.attn, block.mlp
+    ranks = tuple(layer.rank if type(layer) is FactoredLinear else None for layer in (mlp.fc1, mlp.fc2))
+    return BlockShape(attn.num_heads, attn.head_dim, value_dims(attn), mlp.fc1.out_features, ranks)
 
 
 def embed_macs(model: nn.Module) -> int:
@@ -271,7 +291,7 @@ def read_shapes(model: nn.Module) -> Shapes:
     if not isinstance(patches, int) or not isinstance(width, int):
         raise ValueError(f"{type(model).__name__} does not tell its patches (patch_embed.num_patches) and embed_dim")
     kept = getattr(getattr(model, "patch_drop", None), "uvc_keep", None)
-    seen = tuple(BlockShape(b.attn.num_heads, b.attn.head_dim, _values(b.attn), b.mlp.fc1.out_features) for b in blocks)
+    seen = tuple(_shape(b) for b in blocks)
     config = getattr(model, "pretrained_cfg", None) or {}
     return Shapes(
         type(model).__name__,

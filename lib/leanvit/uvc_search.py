@@ -5,8 +5,9 @@ specification, 2.8, items (a) to (i). Steps and gains are given for a whole sear
 search of twice the steps takes the same path at half the pace.
 """
 
+import bisect
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from leanvit.train import mix_seed
 from leanvit.uvc_budget import Counts, check_budget, floor, meet
 from leanvit.uvc_cost import FlopsCost, LatencyCost, LatencyTable
+from leanvit.uvc_importance import MEMORY, as_norms, squares, widths
 from leanvit.uvc_math import (
     BudgetControl,
     Norms,
@@ -24,66 +26,13 @@ from leanvit.uvc_math import (
     next_smallest,
     shrink_,
     smallest,
+    unit_columns,
 )
 from leanvit.uvc_plan import Plan
+from leanvit.uvc_settings import Settings
 from leanvit.uvc_training import Loss, Trainer
 
 GATE_LIMIT = 6.0  # of the logits: sigmoid has next to no slope beyond
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How the corrected solver searches. Rates are for the whole search; the defaults were
-    tuned on the embedded backbone, 120 steps to 30 % of its FLOPs (one seed).
-
-    `heads`, `dims`, `units`, `blocks`: what may go. `dims` is off: value dimensions narrower than the keys save FLOPs
-    that a CPU hardly notices. `keep_patches`: how many patch positions go through the blocks; the search finds which.
-    """
-
-    heads: bool = True
-    dims: bool = False
-    units: bool = True
-    blocks: bool = True
-    keep_patches: int | None = None
-    warmup: float = 0.0  # part of the steps in which the weights alone learn, under random gates
-    ramp: float = 0.5  # part of the rest in which the target falls to the budget; then masks and gates are fixed
-    width_rate: float = 12.0  # of the fractions removed
-    gate_rate: float = 28.0  # of the gates' logits, with momentum 0.9
-    gate_start: float = 3.0  # logit: a block runs with probability 0.95 at first
-    y_rate: float = 4.0  # of the duals of the least-k sums
-    y_limit: float = 0.1
-    shrink: float = 56.0  # proximal step, times y
-    z_integral: float = 120.0
-    z_proportional: float = 60.0
-    z_limit: float = 20.0
-    round_units: int = 16
-    round_dims: int = 8
-    lr: float = 1e-4
-    weight_decay: float = 0.05
-    clip_norm: float = 1.0
-    lr_warmup: float = 0.05  # part of the steps
-    seed: int = 0
-
-    def __post_init__(self):
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if f.name in ("heads", "dims", "units", "blocks"):
-                if not isinstance(value, bool):
-                    raise ValueError(f"Settings: {f.name}={value!r} must be True or False")
-            elif f.name == "keep_patches" and value is None:
-                continue
-            elif isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise ValueError(f"Settings: {f.name}={value!r} is not a finite number")
-            elif value < 0 and f.name != "gate_start":
-                raise ValueError(f"Settings: {f.name}={value} must be >= 0")
-        for name in ("round_units", "round_dims", "seed", "keep_patches"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or (value < 1 and name != "seed")):
-                raise ValueError(f"Settings: {name}={value!r} must be a whole number of at least 1")
-        if not (self.heads or self.dims or self.units or self.blocks):
-            raise ValueError("Settings: nothing may go; let at least one of heads, dims, units, blocks be True")
-        if not 0 < self.ramp <= 1 or self.warmup >= 1:
-            raise ValueError(f"Settings: ramp={self.ramp} must be in (0, 1] and warmup={self.warmup} in [0, 1)")
 
 
 class CorrectedSearch(Trainer):
@@ -142,6 +91,8 @@ class CorrectedSearch(Trainer):
         self.found: Plan | None = None
         self.patches: tuple[int, ...] | None = None
         self.saliency = torch.zeros(shapes.patches)
+        self.importance = torch.zeros(depth, sum(widths(shapes)))  # running mean, see uvc_importance
+        self.seen = torch.zeros(depth)  # steps that are in it
         # which patches matter is measured in the first tenth, then they go
         self.patch_steps = 0 if c.keep_patches is None else max(1, round(0.1 * self.steps))
         self.refresh()
@@ -187,18 +138,25 @@ class CorrectedSearch(Trainer):
             self.hooks.patch_gate = torch.ones(self.shapes.patches, device=self.device, requires_grad=True)
         if self.found is not None:
             return self.hooks.gates
+        self.hooks.probes = {} if self.settings.importance == "loss" else None
         if not self.settings.blocks:
             return None
         noise = logistic_noise(len(self.logits), mix_seed(self.seed, "gates", t))
         return hard_gate(self.logits, noise).to(self.device)
 
     def before_update(self) -> None:
+        probes, self.hooks.probes = self.hooks.probes, None
+        if probes is not None:
+            self.squares = squares(self.shapes, probes)
+            self.ran = (self.squares.sum(1, keepdim=True) > 0).float()
         gate = self.hooks.patch_gate
         if gate is not None and gate.grad is not None:
             self.patch_gradient = gate.grad.detach().cpu()
 
     def other_gradients(self) -> list[Tensor]:
         gradients = [] if self.logits.grad is None else [self.logits.grad]
+        if self.found is None and self.settings.importance == "loss":
+            gradients += [self.squares, self.ran]
         return gradients + ([self.patch_gradient] if self.hooks.patch_gate is not None else [])
 
     # --- the structure's part
@@ -209,7 +167,7 @@ class CorrectedSearch(Trainer):
             self.saliency += self.patch_gradient.square()
             if t >= self.patch_steps:
                 self._drop_patches()
-        norms = self.norms() if self.found is None else []
+        norms = self._scores() if self.found is None else []
         if self.found is None:
             self._shrink(norms)
             if t > self.warmup_steps:
@@ -228,6 +186,15 @@ class CorrectedSearch(Trainer):
             "logits": self.logits.tolist(),
             "settled": self.found is not None,
         }
+
+    def _scores(self) -> list[Norms]:
+        """By what groups are ranked: the running mean of their importance, or the paper's norms."""
+        if self.settings.importance == "norms":
+            return self.norms()
+        self.seen += self.ran[:, 0]
+        share = self.ran / self.seen.clamp(1, MEMORY)[:, None]
+        self.importance += share * (self.squares - self.importance)
+        return as_norms(self.shapes, self.importance)
 
     def counts(self) -> Tensor:
         """`(L, 2)` heads and hidden units to remove: real numbers, rounded up where they count."""
@@ -260,12 +227,15 @@ class CorrectedSearch(Trainer):
             for h in smallest(norm.heads, s[i, 0]).tolist():
                 columns = torch.arange(starts[h], starts[h] + shape.values[h], device=self.device)
                 shrink_(projection, columns, strength * self.y[i, 0].item())
-            shrink_(block.mlp.fc2.weight, smallest(norm.units, s[i, 1]).to(self.device), strength * self.y[i, 1].item())
+            units = smallest(norm.units, s[i, 1]).to(self.device)
+            shrink_(unit_columns(block.mlp), units, strength * self.y[i, 1].item())
 
     def _move(self, norms: list[Norms], t: int) -> None:
         """(a) to (d): z, then widths and gates along their gradients, then the duals of the least-k sums."""
         self.z.fill_(self.control.update(self.ratio(norms), t))
         self.move_structure(norms)
+        if self.settings.importance == "loss" and len(self.fixed) < 2:
+            self._fill(norms, self.control.target(t))
         self._raise_duals(norms)
 
     def move_structure(self, norms: list[Norms]) -> None:
@@ -292,6 +262,23 @@ class CorrectedSearch(Trainer):
             with torch.no_grad():
                 self.logits -= c.gate_rate / self.steps * self.gate_momentum
                 self.logits.clamp_(-GATE_LIMIT, GATE_LIMIT)
+
+    def _fill(self, norms: list[Norms], target: float) -> None:
+        """Heads and units that minimise the loss's estimated rise at R <= target: the cheapest rises per cost go."""
+        prices, kinds = {}, [k for k, name in enumerate(("heads", "units")) if name not in self.fixed]
+        for i, (n, b) in enumerate(zip(norms, self.shapes.blocks, strict=True)):
+            costs = self.cost.attention(i, b.heads, max(b.values)) / b.heads, self.cost.mlp(i, b.hidden) / b.hidden
+            for k in kinds:
+                prices[i, k] = (n.heads, n.units)[k] / max(costs[k], 1e-30)
+        levels = torch.cat(list(prices.values())).sort().values
+
+        def ratio(level: int) -> float:
+            for (i, k), price in prices.items():
+                gone = min(int((price <= levels[level]).sum()), len(price) - 1)
+                self.fractions[i, k] = max(0.0, gone - 0.5) / len(price)  # half a group less: counts are rounded up
+            return self.ratio(norms)
+
+        ratio(bisect.bisect_left(range(len(levels) - 1), -target, key=lambda level: -ratio(level)))
 
     def _pushes(self, norms: list[Norms], s: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
         """Derivatives of the duals' least-k sums, as parts of the whole norm, in the fractions."""
@@ -341,7 +328,7 @@ class CorrectedSearch(Trainer):
         return meet(
             self.cost, norms, self.budget, start=start, gates=gates, round_units=c.round_units,
             round_dims=c.round_dims if c.dims else None, patches=self.patches, origin=origin,
-            fixed=self.fixed,
+            fixed=self.fixed, absolute=c.importance == "loss",
         )  # fmt: skip
 
     @property
@@ -370,6 +357,8 @@ class CorrectedSearch(Trainer):
             "z": self.z,
             "logits": self.logits,
             "gate_momentum": self.gate_momentum,
+            "importance": self.importance,
+            "seen": self.seen,
             "saliency": self.saliency,
         }
 

@@ -11,87 +11,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from leanvit import state, surgery
+from leanvit import cuts, state, surgery
+from leanvit.comcat_modules import FactoredAttention, FactoredLinear, Heads, factored_attention, read_heads
 from leanvit.surgery import Report
-from leanvit.uvc_plan import BlockPlan, Plan, Shapes, dense_macs, read_shapes
+from leanvit.uvc_modules import KeepPatches, SlicedAttention
+from leanvit.uvc_plan import BlockPlan, Plan, Shapes, dense_macs, read_shapes, value_dims
 
 ATTACHED = "uvc_plans"  # attribute of a cut model: the plans that were applied, in their order
-
-
-class SlicedAttention(nn.Module):
-    """Self-attention whose heads have `head_dim` query and key dimensions and `values[i]` value dimensions each.
-
-    `(B, N, C) -> (B, N, C)`, with an optional additive or boolean `attn_mask`. Runs of neighbouring heads of equal
-    width are computed together, so heads sorted by width are the fastest.
-    """
-
-    def __init__(self, attn: nn.Module, qkv: nn.Linear, proj: nn.Linear, values: Sequence[int]):
-        super().__init__()
-        self.num_heads, self.head_dim, self.scale = len(values), attn.head_dim, attn.scale
-        self.values = tuple(values)
-        self.qkv, self.proj = qkv, proj
-        self.q_norm, self.k_norm = attn.q_norm, attn.k_norm
-        self.attn_drop, self.proj_drop = attn.attn_drop, attn.proj_drop
-        self.training = attn.training
-
-    def runs(self) -> list[tuple[int, int, int]]:
-        """`(first head, heads, width)` of each run of neighbouring heads of equal width."""
-        runs: list[tuple[int, int, int]] = []
-        for i, width in enumerate(self.values):
-            if runs and runs[-1][2] == width:
-                runs[-1] = (runs[-1][0], runs[-1][1] + 1, width)
-            else:
-                runs.append((i, 1, width))
-        return runs
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        images, tokens, _ = x.shape
-        inner = self.num_heads * self.head_dim
-        q, k, v = self.qkv(x).split([inner, inner, sum(self.values)], dim=-1)
-        q, k = (t.reshape(images, tokens, self.num_heads, self.head_dim).transpose(1, 2) for t in (q, k))
-        q, k = self.q_norm(q), self.k_norm(k)
-        if attn_mask is not None and attn_mask.dim() == 4 and attn_mask.shape[1] > 1:
-            raise ValueError("SlicedAttention takes one attention mask for all heads, its heads are not the model's")
-        outputs, first_value = [], 0
-        for first, heads, width in self.runs():
-            heads_q, heads_k = q[:, first : first + heads], k[:, first : first + heads]
-            heads_v = v[..., first_value : first_value + heads * width]
-            heads_v = heads_v.reshape(images, tokens, heads, width).transpose(1, 2)
-            out = self._attend(heads_q, heads_k, heads_v, attn_mask, is_causal)
-            outputs.append(out.transpose(1, 2).reshape(images, tokens, heads * width))
-            first_value += heads * width
-        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-        return self.proj_drop(self.proj(out))
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-        # torch's fused CPU kernel wants values as wide as queries and falls back to one that takes twice the time of
-        # the plain products
-        if q.is_cuda or v.shape[-1] == q.shape[-1] or attn_mask is not None or is_causal:
-            drop = self.attn_drop.p if self.training else 0.0
-            return F.scaled_dot_product_attention(q, k, v, attn_mask, drop, is_causal, scale=self.scale)
-        weights = ((q * self.scale) @ k.transpose(-2, -1)).softmax(-1)
-        return self.attn_drop(weights) @ v
-
-    def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}, head_dim={self.head_dim}, values={self.values}"
-
-
-class KeepPatches(nn.Module):
-    """Takes the kept patch tokens (their position embeddings are added by then) out of `(B, prefix + n, C)`."""
-
-    def __init__(self, keep: Sequence[int], prefix: int):
-        super().__init__()
-        self.uvc_keep = tuple(keep)
-        index = torch.tensor([*range(prefix), *(prefix + k for k in keep)])
-        self.register_buffer("index", index, persistent=False)  # the plan holds it
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.index_select(1, self.index)
-
-    def extra_repr(self) -> str:
-        return f"{len(self.uvc_keep)} patches"
 
 
 # --- which rows and columns stay -------------------------------------------------------------------------------------
@@ -114,7 +42,9 @@ def _cut(layer: nn.Linear, rows: list[int] | None = None, columns: list[int] | N
     weight, bias = layer.weight.detach(), layer.bias
     if rows is not None:
         index = torch.tensor(rows, device=weight.device)
-        weight, bias = weight[index], None if bias is None else bias.detach()[index]
+        if bias is not None:  # of the first rows only, in a factored attention
+            bias = F.pad(bias.detach(), (0, len(weight) - len(bias)))[index]
+        weight = weight[index]
     if columns is not None:
         weight = weight[:, torch.tensor(columns, device=weight.device)]
     new = nn.Linear(1, 1, bias=bias is not None, device="meta", dtype=weight.dtype)
@@ -123,6 +53,26 @@ def _cut(layer: nn.Linear, rows: list[int] | None = None, columns: list[int] | N
     if bias is not None:
         new.bias = nn.Parameter(bias.detach().clone(), requires_grad=layer.bias.requires_grad)
     return new.train(layer.training)
+
+
+def _factored_heads(m: FactoredAttention, block: BlockPlan) -> FactoredAttention:
+    """The kept heads of a factored attention, all of them with the same number of value dimensions."""
+    h, heads = read_heads(m), list(block.heads)
+    kept = torch.tensor(block.values, device=h.v.device)  # (heads, value dimensions)
+    here = torch.tensor(heads, device=h.v.device)[:, None]
+    v, o, bv = h.v.mT[here, kept].mT, h.o[here, kept], h.bv[here, kept]
+    sections = [0 if m.qkv.bias is None else len(m.qkv.bias) - sum(m.widths[:i]) for i in range(3)]
+    widths = (h.q[heads].shape[0] * m.key_dim,) * 2 + (kept.numel(),)
+    biased = sum(w for w, left in zip(widths, sections, strict=True) if left > 0)
+    new = Heads(h.q[heads], h.k[heads], v, o, h.bq[heads], h.bk[heads], bv, h.bo)
+    return factored_attention(m, new, biased=biased, proj_bias=m.proj.bias is not None)
+
+
+def _units(layer: nn.Module, units: list[int], side: str) -> dict[str, nn.Linear]:
+    """What holds the hidden units, by its name in `layer` ("out" of fc1, "in" of fc2), cut to some of them."""
+    name = {"out": ".second", "in": ".first"}[side] if isinstance(layer, FactoredLinear) else ""
+    linear = layer.get_submodule(name[1:])
+    return {name: _cut(linear, rows=units) if side == "out" else _cut(linear, columns=units)}
 
 
 def _by_width(block: BlockPlan) -> BlockPlan:
@@ -151,20 +101,24 @@ def check_fits(plan: Plan, shapes: Shapes) -> None:
 def _sliced(block: nn.Module, plan: BlockPlan) -> dict[str, nn.Module]:
     """The new modules of a block, by their names in it; where heads alone go, `attn` stays the module that it is."""
     attn, mlp, new = block.attn, block.mlp, {}
-    values = tuple(getattr(attn, "values", None) or [attn.head_dim] * attn.num_heads)
+    values = value_dims(attn)
     kept = [len(v) for v in plan.values]
     stock = all(k == attn.head_dim for k in kept)
-    if len(kept) < attn.num_heads or sum(kept) < sum(values):
+    factored = type(attn) is FactoredAttention
+    if (len(kept) < attn.num_heads or sum(kept) < sum(values)) and factored and len(set(kept)) == 1:
+        new["attn"] = _factored_heads(attn, plan)
+    elif len(kept) < attn.num_heads or sum(kept) < sum(values):
         plan = plan if stock else _by_width(plan)
         qkv = _cut(attn.qkv, rows=_qkv_rows(attn.num_heads, attn.head_dim, values, plan))
         proj = _cut(attn.proj, columns=value_columns(values, plan))
-        if stock and not isinstance(attn, SlicedAttention):
+        if stock and not factored and not isinstance(attn, SlicedAttention):
             new |= {"attn.qkv": qkv, "attn.proj": proj}
         else:
             new["attn"] = SlicedAttention(attn, qkv, proj, [len(v) for v in plan.values])
     if len(plan.units) < mlp.fc1.out_features:
-        new["mlp.fc1"] = _cut(mlp.fc1, rows=list(plan.units))
-        new["mlp.fc2"] = _cut(mlp.fc2, columns=list(plan.units))
+        units = list(plan.units)
+        new |= {f"mlp.fc1{n}": m for n, m in _units(mlp.fc1, units, "out").items()}
+        new |= {f"mlp.fc2{n}": m for n, m in _units(mlp.fc2, units, "in").items()}
     return new
 
 
@@ -190,13 +144,14 @@ def apply(model: nn.Module, plan: Plan) -> Report:
         block = model.blocks[i]
         for name, module in new[i].items():
             surgery.replace(block, name, module)
-        if type(block.attn) is not SlicedAttention:
+        if type(block.attn) not in (SlicedAttention, FactoredAttention):
             block.attn.num_heads = len(plan.blocks[i].heads)
             block.attn.attn_dim = block.attn.num_heads * block.attn.head_dim
     _keep_blocks(model, kept)
     if keeper is not None:
         model.patch_drop = keeper
     setattr(model, ATTACHED, [*getattr(model, ATTACHED, []), plan])
+    cuts.record(model, "uvc", plan.to_json())
     return _report(model, plan, kept, new)
 
 
@@ -262,11 +217,10 @@ def mask(model: nn.Module, plan: Plan) -> nn.Module:
         units = torch.zeros(plan.shapes.blocks[i].hidden, dtype=torch.bool)
         units[list(block.units)] = True
         mlp = model.blocks[i].mlp
-        for weight, kept in (
-            (model.blocks[i].attn.proj.weight.T, columns),
-            (mlp.fc1.weight, units),
-            (mlp.fc2.weight.T, units),
-        ):
+        fc1 = mlp.fc1.second if isinstance(mlp.fc1, FactoredLinear) else mlp.fc1
+        fc2 = mlp.fc2.first if isinstance(mlp.fc2, FactoredLinear) else mlp.fc2
+        projection = model.blocks[i].attn.proj
+        for weight, kept in ((projection.weight.T, columns), (fc1.weight, units), (fc2.weight.T, units)):
             weight[~kept.to(weight.device)] = 0
     keeper = _keeper(model, plan, plan.shapes)
     if keeper is not None:
@@ -289,10 +243,8 @@ def save(model: nn.Module, path: str | Path, header: dict | None = None) -> Path
 
     Raises `ValueError` where no plan was applied, `OSError` when the file cannot be written.
     """
-    plans = [plan.to_json() for plan in _plans(model, "save")]
-    names = [n for n, t in model.state_dict().items() if isinstance(t, Tensor)]
-    more = {"method": "uvc", "plans": plans, "num_classes": getattr(model, "num_classes", None)}
-    return state.save(model, path, names=names, header={**(header or {}), **more})
+    _plans(model, "save")
+    return cuts.save(model, path, header=header)
 
 
 def load(model: nn.Module, path: str | Path) -> dict:
@@ -301,16 +253,14 @@ def load(model: nn.Module, path: str | Path) -> dict:
     Raises `ValueError` for another model, a model that is cut already, or a file of another method, and
     `FileNotFoundError`; the model is then as it was.
     """
-    header = state.read_header(path)
-    if header.get("method") != "uvc":
-        raise ValueError(f"load: {path} holds no model cut by UVC (method {header.get('method')!r})")
+    methods = [method for method, _ in state.read_header(path).get("cuts", [])]
+    if "uvc" not in methods:
+        raise ValueError(f"load: {path} holds no model cut by UVC ({', '.join(methods) or 'not cut at all'})")
     if getattr(model, ATTACHED, None):
         raise ValueError("load: this model is cut already; give the stock model that the plan was made for")
-    trial = copy.deepcopy(model)  # a plan cannot be taken back
-    if header["num_classes"] is not None and header["num_classes"] != getattr(trial, "num_classes", None):
-        trial.reset_classifier(header["num_classes"])
-    for text in header["plans"]:
-        apply(trial, Plan.from_json(text))
-    header = state.load(trial, path)
-    model.__dict__.update(trial.__dict__)
-    return header
+    return cuts.load(model, path)
+
+
+def rebuild(model: nn.Module, text: str) -> None:
+    """Give `model` the shapes of a plan (JSON), in place; the values come from a file."""
+    apply(model, Plan.from_json(text))

@@ -35,6 +35,7 @@ class Hooks:
         self.gates: Tensor | None = None  # (L,) run weights in training mode
         self.exported: Tensor | None = None  # (L,) zeros and ones in eval mode
         self.masks: dict[tuple[int, str], Tensor] = {}
+        self.probes: dict[tuple[int, str], Tensor] | None = None  # ones (B, 1, width), filled by a forward in training
         self.patch_gate: Tensor | None = None  # (n,) in training mode
         self.keep: Tensor | None = None  # kept patch positions, in both modes
         self.prefix = prefix
@@ -58,6 +59,9 @@ class Hooks:
     def _mask(self, i: int, name: str) -> Callable:
         def hook(module: nn.Module, inputs: tuple) -> tuple | None:
             mask = self.masks.get((i, name))
+            if mask is None and self.probes is not None and module.training:
+                x = inputs[0]
+                mask = self.probes[i, name] = x.new_ones(len(x), 1, x.shape[-1], requires_grad=True)
             return None if mask is None else (inputs[0] * mask.to(inputs[0].dtype), *inputs[1:])
 
         return hook

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -26,11 +27,14 @@ START_TIMEOUT_S = 120
 def main() -> int:
     """Exit code 0 only when the result and the executed notebook are in their places."""
     job = json.load(sys.stdin)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(signal, "pthread_sigmask"):  # Ray's processes block Ctrl-C; the kernel, a child of this one, needs it
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     threading.Thread(target=_watch_parent, args=(job["parent"],), daemon=True).start()
     result = Path(job["result"])
     staged, partial = record.staged(result), result.with_suffix(".partial.ipynb")
-    with _lock(Path(".cache") / f"{result.parent.name}-{result.stem}.lock"):
+    with _lock(Path(job["lock"]), job["lock_timeout_s"]):
         staged.unlink(missing_ok=True)
         try:
             _execute(job, partial)
@@ -50,12 +54,12 @@ def main() -> int:
     return 0
 
 
-def _lock(path: Path):
+def _lock(path: Path, timeout_s: float):
     import filelock
 
     path.parent.mkdir(exist_ok=True)
     try:
-        return filelock.FileLock(path).acquire(timeout=10)  # time for the orphans of a killed runner to go
+        return filelock.FileLock(path).acquire(timeout=timeout_s)
     except filelock.Timeout:
         sys.exit("another leanvit process is executing this run")
 

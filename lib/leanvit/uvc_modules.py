@@ -1,0 +1,81 @@
+"""The modules of a model that UVC has cut, where timm's own do not serve: heads of several widths, fewer patches."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SlicedAttention(nn.Module):
+    """Self-attention whose heads have `head_dim` query and key dimensions and `values[i]` value dimensions each.
+
+    `(B, N, C) -> (B, N, C)`, with an optional additive or boolean `attn_mask`. Runs of neighbouring heads of equal
+    width are computed together, so heads sorted by width are the fastest.
+    """
+
+    def __init__(self, attn: nn.Module, qkv: nn.Linear, proj: nn.Linear, values: Sequence[int]):
+        super().__init__()
+        self.num_heads, self.head_dim, self.scale = len(values), attn.head_dim, attn.scale
+        self.values = tuple(values)
+        self.qkv, self.proj = qkv, proj
+        self.q_norm, self.k_norm = attn.q_norm, attn.k_norm
+        self.attn_drop, self.proj_drop = attn.attn_drop, attn.proj_drop
+        self.training = attn.training
+
+    def runs(self) -> list[tuple[int, int, int]]:
+        """`(first head, heads, width)` of each run of neighbouring heads of equal width."""
+        runs: list[tuple[int, int, int]] = []
+        for i, width in enumerate(self.values):
+            if runs and runs[-1][2] == width:
+                runs[-1] = (runs[-1][0], runs[-1][1] + 1, width)
+            else:
+                runs.append((i, 1, width))
+        return runs
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        images, tokens, _ = x.shape
+        inner = self.num_heads * self.head_dim
+        q, k, v = self.qkv(x).split([inner, inner, sum(self.values)], dim=-1)
+        q, k = (t.reshape(images, tokens, self.num_heads, self.head_dim).transpose(1, 2) for t in (q, k))
+        q, k = self.q_norm(q), self.k_norm(k)
+        if attn_mask is not None and attn_mask.dim() == 4 and attn_mask.shape[1] > 1:
+            raise ValueError("SlicedAttention takes one attention mask for all heads, its heads are not the model's")
+        outputs, first_value = [], 0
+        for first, heads, width in self.runs():
+            heads_q, heads_k = q[:, first : first + heads], k[:, first : first + heads]
+            heads_v = v[..., first_value : first_value + heads * width]
+            heads_v = heads_v.reshape(images, tokens, heads, width).transpose(1, 2)
+            out = self._attend(heads_q, heads_k, heads_v, attn_mask, is_causal)
+            outputs.append(out.transpose(1, 2).reshape(images, tokens, heads * width))
+            first_value += heads * width
+        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        return self.proj_drop(self.proj(out))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        # torch's fused CPU kernel wants values as wide as queries and falls back to one that takes twice the time of
+        # the plain products
+        if q.is_cuda or v.shape[-1] == q.shape[-1] or attn_mask is not None or is_causal:
+            drop = self.attn_drop.p if self.training else 0.0
+            return F.scaled_dot_product_attention(q, k, v, attn_mask, drop, is_causal, scale=self.scale)
+        weights = ((q * self.scale) @ k.transpose(-2, -1)).softmax(-1)
+        return self.attn_drop(weights) @ v
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, head_dim={self.head_dim}, values={self.values}"
+
+
+class KeepPatches(nn.Module):
+    """Takes the kept patch tokens (their position embeddings are added by then) out of `(B, prefix + n, C)`."""
+
+    def __init__(self, keep: Sequence[int], prefix: int):
+        super().__init__()
+        self.uvc_keep = tuple(keep)
+        index = torch.tensor([*range(prefix), *(prefix + k for k in keep)])
+        self.register_buffer("index", index, persistent=False)  # the plan holds it
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.index_select(1, self.index)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.uvc_keep)} patches"
