@@ -110,6 +110,29 @@ def forgetting(blocks: dict) -> list[str]:
     return rows([head, *body])
 
 
+def spread(values: pd.Series, digits: int = 1) -> str:
+    return f"{values.mean():.{digits}f} ± {values.std():.{digits}f}"
+
+
+def cutting(side: dict) -> list[str]:
+    """FLOPs, latency, file and accuracy before and after recovery of every way to make a model smaller, by budget."""
+    table = pd.DataFrame(side["metrics"]["cut"])
+    head = ["method", "asked", "FLOPs", "latency", "file, KiB", "as cut, %", "recovered, %"]
+    body = []
+    for (method, budget), found in table.groupby(["method", "budget"], sort=False):
+        prices = [f"{found[name].mean():.2f}" for name in ("flops", "latency")] + [f"{found['file_kib'].mean():,.0f}"]
+        body.append([method, f"{budget:g}", *prices, spread(found["before"]), spread(found["after"])])
+    return rows([head, *body])
+
+
+def adapting(side: dict) -> list[str]:
+    """What every way to adapt learns, forgets and costs."""
+    table = side["metrics"]["adapt_table"]
+    names = ["method", "target, %", "source k-NN, %", "trained", "stored, KiB", "training, MFLOPs an image", "step, ms"]
+    names += ["saved, MiB an image", "latency, dense = 1"]
+    return rows([names, *([row[name] for name in names] for row in table)])
+
+
 def ledger(title: str, outcome: dict) -> list[str]:
     """How a paper's published numbers fared, and what differs."""
     counts = claims.counts(outcome["verdicts"])
@@ -128,6 +151,7 @@ def text() -> str:
     """The README's section of results."""
     backbone, lbp, clock = (result(name) for name in ("0_backbone", "1_lbp_wht", "7_speed"))
     kad, blocks = (result(name) for name in ("3_kadaptation", "4_block_expansion"))
+    comcat, uvc, side = (result(name) for name in ("2_comcat", "5_uvc", "6_side_by_side"))
     clocks, elsewhere = [clock, result("7_speed.cut")], [json.loads(f.read_text("utf-8")) for f in MEASURED]
     goals = claims.counts(merged(clocks))
     seeds, images = len(lbp["seeds"]), lbp["parameters"]["train_images"]
@@ -153,6 +177,18 @@ def text() -> str:
         "",
         *forgetting(blocks),
         "",
+        "**Smaller models** ([notebook](outputs/embedded/6_side_by_side.ipynb), with pictures; each method alone in "
+        "[2_comcat](outputs/embedded/2_comcat.ipynb) and [5_uvc](outputs/embedded/5_uvc.ipynb)): the backbone on the "
+        f"garments that it knows, {len(side['seeds'])} seeds, the same short distillation for all. *Asked* is the part "
+        "of the dense FLOPs that a method was given; FLOPs and latency are measured, dense = 1.",
+        "",
+        *cutting(side),
+        "",
+        "**Adapting, side by side** (the same notebook): garments to digits, one short recipe for all; *on ComCAT* and "
+        "*on UVC*: the model was cut before it was adapted.",
+        "",
+        *adapting(side),
+        "",
         "**Speed and memory** ([notebook](outputs/embedded/7_speed.ipynb)): ratios, measured interleaved in one "
         f"process on {clock['hardware']['cores']} cores of the processor named, a shared machine; on the right "
         "an earlier run on another processor ([docs/measured](docs/measured), with its commit).",
@@ -164,8 +200,11 @@ def text() -> str:
         "over the seeds; with a few small grey images many are not.",
         "",
         *ledger("LBP-WHT", lbp),
+        *ledger("ComCAT", comcat),
         *ledger("KAdaptation", kad),
         *ledger("Block expansion", blocks),
+        *ledger("UVC", uvc),
+        *ledger("Side by side", side),
         f"* **Speed**: of {sum(goals.values())} goals of our own {goals['matches']} are reached, {goals['differs']} "
         f"missed, {goals['not run']} not run (they need a GPU).",
         "",
