@@ -111,6 +111,8 @@ def test_every_family_keeps_its_output_and_comes_back(family):  # T1, T8
     with torch.no_grad(), bypass(model):
         assert torch.equal(model(x), old(x)) and equal(model.state_dict(), state)
     detach(model)
+    for name, parameter in old.named_parameters():
+        parameter.requires_grad_(model.get_parameter(name).requires_grad)
     assert torch.equal(model(x), old(x)) and equal(model.state_dict(), state)
 
 
