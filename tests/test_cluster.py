@@ -307,13 +307,11 @@ def test_nodes_that_do_not_see_the_checkout_are_named(repository, head, monkeypa
     repository.params("1_x")
     code, output = repository.call("run", "--tier", "smoke", "--cluster", "127.0.0.1:1")
     assert code == 2 and "no Ray cluster answers" in output and "ray start --head" in output
-    monkeypatch.setattr(cluster, "_read_checkout", _blind)
-    with pytest.raises(params.ParameterError, match="does not see this checkout"):
-        cluster.Cluster(repository.root, head.address)
+    monkeypatch.setattr(cluster, "_read_checkout", lambda root: None)
     import ray
 
-    ray.shutdown()
-
-
-def _blind(root):
-    return None
+    try:
+        with pytest.raises(params.ParameterError, match="does not see this checkout"):
+            cluster.Cluster(repository.root, head.address)
+    finally:
+        ray.shutdown()

@@ -382,6 +382,26 @@ def test_plan_goes_through_json():
 
 
 @pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ('"bias": "absorb"', '"bias": "absorbed"', "bias='absorbed' is none of absorb, none, zero"),
+        ('"mode": "corrected"', '"mode": "correct"', "mode='correct' is none of corrected, faithful"),
+        ('"blocks.0.attn.qk": 4', '"blocks.0.attn.qk": "4"', "rank of blocks.0.attn.qk='4' must be a whole number"),
+        ('"blocks.0.attn.qk": 4', '"blocks.0.attn.qk": 4.0', "rank of blocks.0.attn.qk=4.0 must be a whole number"),
+        ('"blocks.0.attn.qk": 4', '"blocks.0.attn.qk": 0', "rank of blocks.0.attn.qk=0 must be a whole number"),
+        ('"about": {}', '"about": []', r"about=\[\] must be a dict"),
+        ("[3, 48, 48, 16]", "[3, 48, 48]", r"shape of blocks.0.attn.qk=\[3, 48, 48\] must be \[heads"),
+        ("[3, 48, 48, 16]", "[3, 48, 48, 1.5]", "shape of blocks.0.attn.qk, 4 of 4=1.5 must be a whole number"),
+    ],
+)
+def test_half_valid_plans_are_refused(old, new, message):
+    text = make_plan(vit(), {"qk": 4}).to_json()
+    assert old in text
+    with pytest.raises(ValueError, match=f"no plan of ComCAT: .*{message}"):
+        Plan.from_json(text.replace(old, new, 1))
+
+
+@pytest.mark.parametrize(
     "ranks, message",
     [
         ({"qk": 17}, "rank 17 of blocks.0.attn.qk must lie in 1..16, the head size"),
@@ -417,6 +437,11 @@ def test_nan_leaves_the_model_alone():
     with pytest.raises(ValueError, match="blocks.1.mlp.fc1 cannot be factored.*NaN"):
         apply(model, make_plan(model, {"qk": 4, "vo": 4, "fc1": 4}))
     assert names == [type(m) for m in model.modules()] and not hasattr(model, "comcat_plan")
+    model = vit()
+    with torch.no_grad():
+        model.blocks[1].attn.proj.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="blocks.1.attn.vo cannot be factored.*right factor.*NaN"):
+        apply(model, make_plan(model, {"qk": 4, "vo": 4}))
 
 
 def test_models_that_cannot_be_factored():
@@ -611,6 +636,38 @@ def test_greedy_meets_its_budget(reduction):  # T23, for the greedy plan
     with pytest.raises(ValueError, match="cannot be met; the smallest ranks take"):
         comcat_ranks.greedy(model, 500)
     assert all(r % 4 == 0 for r in comcat_ranks.greedy(model, budget, multiple=4).ranks.values())
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"budget": float("nan")}, "budget=nan must be a finite number of weights"),
+        ({"budget": "all"}, "budget='all' must be a finite number of weights"),
+        ({"multiple": 0}, "greedy: multiple=0 must be a whole number of at least 1"),
+        ({"multiple": 2.0}, "greedy: multiple=2.0 must be a whole number"),
+        ({"weights": {}}, "greedy: weights say nothing of blocks.0.attn.qk"),
+        ({"weights": {"blocks.0.attn.qk": -1.0}}, "weight of blocks.0.attn.qk=-1.0 must be a finite number"),
+        ({"weights": {"blocks.0.attn.qk": float("nan")}}, "weight of blocks.0.attn.qk=nan must be a finite number"),
+    ],
+)
+def test_greedy_refuses_nonsense(settings, message):
+    model = vit()
+    with pytest.raises(ValueError, match=message):
+        comcat_ranks.greedy(model, **{"budget": comcat_ranks.authors_budget(model, 0.5), **settings})
+
+
+def test_statistics_of_another_model_are_refused():
+    model, x = vit(), images()
+    for settings in ({"depth": 1}, {"num_classes": 5}, {"num_heads": 4}):
+        statistics = comcat.calibrate(vit(**settings), [x])
+        for ask in (
+            lambda seen: comcat.greedy(model, comcat.authors_budget(model, 0.5), statistics=seen),
+            lambda seen: comcat.spectra(model, seen),
+            lambda seen: comcat.sensitivity(model, [x], statistics=seen),
+            lambda seen: comcat.RankSearch(model, comcat.authors_budget(model, 0.5), statistics=seen),
+        ):
+            with pytest.raises(ValueError, match="the statistics are of .* calibrate the model itself"):
+                ask(statistics)
 
 
 def test_projection_against_all_choices():

@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from test_comcat import cut, images, rel, vit
 from torch import nn
 
-from leanvit import baselines, comcat, comcat_diffusion, export, kadaptation, lbp_wht, lora, surgery, train
+from leanvit import baselines, comcat, comcat_diffusion, export, kadaptation, lbp_wht, lora, surgery, train, uvc
 from leanvit.comcat import apply, make_plan
 from leanvit.comcat_calibrate import Moments, calibrate, mix
 from leanvit.comcat_diffusion import ProductAdapter, WideAttention, parameters_formula
 from leanvit.comcat_modules import read_heads
 from leanvit.comcat_recover import Regression, authors_loss, refit
 from leanvit.distill import Distill, aligned_blocks, alignment_weights
+from leanvit.uvc_plan import whole_plan
 
 
 def structured(n=64, seed=0, dtype=torch.float64):
@@ -239,7 +240,43 @@ def test_refit_refuses_nonsense():
         refit(small, vit(mlp_ratio=2), [images()])
     with pytest.raises(ValueError, match="cannot be solved"):
         refit(small, model, [images() * float("nan")])
+    for ridge in (-1.0, float("nan"), float("inf"), "1"):
+        with pytest.raises(ValueError, match="refit: ridge=.* must be a finite number of at least 0"):
+            refit(small, model, [images()], ridge=ridge)
+        with pytest.raises(ValueError, match="calibrate: ridge=.* must be a finite number of at least 0"):
+            calibrate(model, [images()], ridge=ridge)
+    with torch.no_grad():
+        small.blocks[1].mlp.fc1.first.weight.zero_()
+    before = copy.deepcopy(small.state_dict())
+    with pytest.raises(ValueError, match="blocks.1.mlp.fc1 cannot be solved from .* raise ridge=0, or give"):
+        refit(small, model, [images()], ridge=0)
     assert all(torch.equal(before[n], t) for n, t in small.state_dict().items())
+    assert all(torch.equal(before[n], t) for n, t in small.state_dict().items())
+
+
+@pytest.mark.parametrize("order", [(uvc, comcat), (comcat, uvc)])
+def test_refit_refuses_other_blocks(order):
+    """A block that UVC took away moves the others up: their names mean other blocks of the original."""
+    model = vit(depth=3)
+    small, x = copy.deepcopy(model), images()
+    for method in order:
+        whole = whole_plan(uvc.read_shapes(small))
+        pruned = uvc.Plan(whole.shapes, (None, *whole.blocks[1:]))
+        method.apply(small, make_plan(small, {"qk": 5, "fc1": 9}) if method is comcat else pruned)
+    before = copy.deepcopy(small.state_dict())
+    with pytest.raises(ValueError, match="has 3 blocks, this one 2, .* against the pruned, unfactored model"):
+        refit(small, model, [x])
+    assert all(torch.equal(before[n], t) for n, t in small.state_dict().items())
+    uvc.apply(model, uvc.Plan(uvc.read_shapes(model), (None, *whole_plan(uvc.read_shapes(model)).blocks[1:])))
+    assert refit(small, model, [x]).matched[0] == "blocks.0.attn.proj"
+
+
+def test_refit_refuses_adapters():
+    model = vit()
+    small = cut(model, {"qk": 5, "fc1": 9})
+    lora.lora(small)
+    with pytest.raises(ValueError, match="refit: this model has LoRA already"):
+        refit(small, model, [images()])
 
 
 def test_recovery_by_training():

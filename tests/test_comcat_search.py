@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from test_comcat import cut, images, rel, vit
 from torch import nn
 
-from leanvit import comcat, comcat_calibrate, comcat_ranks, surgery
+from leanvit import comcat, comcat_calibrate, comcat_ranks, lora, surgery
 from leanvit.comcat import apply, parts
 from leanvit.comcat_cut import product
 from leanvit.comcat_factors import Spectrum
@@ -631,4 +631,114 @@ def test_bad_settings():
     with pytest.raises(ValueError, match="cut otherwise"):
         state.load_state_dict(kept)
     with pytest.raises(ValueError, match="cut in corrected mode"):
+        RankSearch(model, budget(vit()), mode="faithful")
+
+
+def test_the_search_without_training_leaves_the_model():
+    model, before = vit(), vit().state_dict()
+    for mode in ("corrected", "faithful"):
+        plan = search(model, batches(), budget(model), epochs=3, mode=mode)
+        assert list(before) == list(model.state_dict()) and not hasattr(model, "comcat_plan")
+        assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+        apply(small := copy.deepcopy(model), plan)
+        assert small.comcat_plan.mode == mode
+
+
+@pytest.mark.parametrize("mode", ["corrected", "faithful"])
+def test_bad_search_data_are_found_before_anything_is_cut(mode):
+    model, before = vit(), vit().state_dict()
+    for bad, message in (([], "no batches"), ([(images(8), torch.full((8,), 3))], "one class only")):
+        with pytest.raises(ValueError, match=message):
+            search(model, bad, budget(model), epochs=2, mode=mode, train=lambda m, e, r: sgd(m))
+        assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+
+
+def test_models_without_classes_are_not_searched():
+    model = vit(num_classes=0)
+    for mode in ("corrected", "faithful"):
+        with pytest.raises(ValueError, match="search: VisionTransformer has no classifier head"):
+            search(model, batches(), budget(model), epochs=2, mode=mode, train=lambda m, e, r: None)
+    assert not hasattr(model, "comcat_plan")
+    state = RankSearch(model, budget(model))
+    with pytest.raises(ValueError, match="RankSearch: VisionTransformer has no classifier head"):
+        state.search(0, batches())
+    state.search(0, batches(), lambda m, x, y: m(x).square().mean())  # a loss of features
+
+
+@pytest.mark.parametrize(
+    "ranks, message",
+    [
+        ({"qk": [4]}, "ranks='qk' must be full names of the model's parts, as blocks.0.attn.qk"),
+        ({"blocks.9.attn.qk": [4]}, "ranks='blocks.9.attn.qk' must be full names"),
+        ({"blocks.0.attn.qk": [4, 17]}, r"ranks of blocks.0.attn.qk=\[4, 17\] must be a list .* 1..15, or None"),
+        ({"blocks.0.attn.qk": [0, 4]}, "must be a list of whole numbers in 1..15"),
+        ({"blocks.0.attn.qk": [4.0]}, "must be a list of whole numbers in 1..15"),
+        ({"blocks.0.attn.qk": 4}, "must be a list of whole numbers"),
+        ({"blocks.0.attn.qk": []}, "must be a list of whole numbers"),
+        ({"blocks.0.mlp.fc1": [39]}, "must be a list of whole numbers in 1..38"),
+    ],
+)
+def test_candidates_refused(ranks, message):
+    model = vit()
+    with pytest.raises(ValueError, match=message):
+        RankSearch(model, budget(model), ranks=ranks)
+    with pytest.raises(ValueError, match="whole numbers in 1..16$"):
+        RankSearch(model, budget(model), mode="faithful", ranks={"blocks.0.attn.qk": [4, None]})
+
+
+def test_own_candidates_bind_the_projection():
+    model = vit()
+    part = parts(model)[0][2]
+    between = comcat_ranks.paying(part) + 1  # smaller than dense, though not faster
+    assert part.name == "blocks.0.mlp.fc1" and between < part.break_even
+    own = {p.name: [4, 8] for p in parts(model)[0]} | {part.name: [between], "head": [None]}
+    found = {p.name: p for p in parts(model)[0]}
+    most = total_weights(found.values(), {n: max(r, key=lambda x: x or 99) for n, r in own.items()})
+    for limit in (budget(model, 0.5), most - 1_000):
+        for seed in range(2):
+            state = RankSearch(model, limit, ranks=own, seed=seed)
+            chosen = state.search(0, batches())["ranks"]
+            assert chosen["head"] is None and chosen[part.name] == between
+            assert all(4 <= r <= 8 for n, r in chosen.items() if n not in ("head", part.name))
+            assert total_weights(found.values(), chosen) <= limit
+    free = RankSearch(model, budget(model, 0.4), ranks={n: [4, 8, None] for n in found if n != "head"})
+    chosen = free.search(0, batches())["ranks"]
+    assert None in chosen.values() and budget(model, 0.4) - 100 < total_weights(found.values(), chosen)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"budget": 30_000}, "budget=30,000 must be 26,664, as in the state"),
+        ({"epochs": 4}, "epochs=4 must be 3"),
+        ({"ranks": {"blocks.0.attn.qk": [4, None]}}, "candidates as in the state; start anew for others"),
+    ],
+)
+def test_a_search_goes_on_as_it_began(change, message):
+    model = vit()
+    before = RankSearch(model, budget(model), epochs=3)
+    before.search(0, batches())
+    settings = {"budget": budget(model), "epochs": 3, **change}
+    with pytest.raises(ValueError, match=message):
+        RankSearch(model, **settings).load_state_dict(before.state_dict())
+    RankSearch(model, budget(model), epochs=3).load_state_dict(before.state_dict())
+
+
+def test_no_plan_above_the_budget():
+    model = vit()
+    for settings in ({"epochs": 0}, {"epochs": 1, "schedule": Schedule(first=1)}):
+        with pytest.raises(ValueError, match=r"nothing was searched, and the model has [\d,]+ weights, more than"):
+            search(model, batches(), budget(model), **settings)
+    whole = total_weights(parts(model)[0], {})
+    assert search(model, batches(), whole, epochs=0).ranks == {}
+    with pytest.raises(ValueError, match="budget=nan must be a finite number of weights"):
+        RankSearch(model, float("nan"))
+    with pytest.raises(ValueError, match="RankSearch: weight of blocks.0.attn.qk=nan must be a finite number"):
+        RankSearch(model, budget(model), weights={p.name: float("nan") for p in parts(model)[0]})
+
+
+def test_adapted_models_are_not_searched():
+    model = cut(vit(), {"qk": 4, "fc1": 9})
+    lora.lora(model)
+    with pytest.raises(ValueError, match="RankSearch: this model has LoRA already"):
         RankSearch(model, budget(vit()), mode="faithful")

@@ -8,8 +8,8 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from leanvit import controls, models, surgery
-from leanvit.uvc_plan import dense_macs, read_shapes
+from leanvit import comcat, controls, models, surgery, uvc
+from leanvit.uvc_plan import BlockPlan, Plan, dense_macs, read_shapes, whole_plan
 
 
 def small(depth=4, **kwargs):
@@ -133,6 +133,43 @@ def test_bad_input():
     with pytest.raises(ValueError, match="no flat list of blocks"):
         controls.isomorphic(timm.create_model("resnet18"), 0.5)
     assert widths(controls.isomorphic(net, 1.0)) == widths(net)
+
+
+@pytest.mark.parametrize("kind", ["isomorphic", "isomorphic_narrow"])
+def test_models_that_the_library_cannot_cut(kind):
+    """Torch-Pruning would fall over their attentions; the other controls take them."""
+    ragged = small()
+    shapes = read_shapes(ragged)
+    blocks = list(whole_plan(shapes).blocks)
+    blocks[1] = BlockPlan((0, 2), ((1, 3), (0, 1, 5)), blocks[1].units)
+    uvc.apply(ragged, Plan(shapes, tuple(blocks)))
+    factored = small()
+    comcat.apply(factored, comcat.make_plan(factored, {"blocks.2.attn.qk": 2}))
+    cases = {
+        "blocks.0 normalises queries and keys": small(qk_norm=True),
+        "blocks.1.attn is SlicedAttention": ragged,
+        "blocks.2.attn is FactoredAttention": factored,
+        "pools by an attention of its own": small(global_pool="map"),
+    }
+    for message, net in cases.items():
+        with pytest.raises(ValueError, match=f"isomorphic: .*{message}"):
+            controls.cut(net, kind, 0.5)
+        if "SlicedAttention" not in message:
+            assert 0.4 < controls.macs(controls.cut(net, "magnitude", 0.5)) / controls.macs(net) <= 0.5
+
+
+def test_macs_do_not_disturb():
+    """Attention pooling has few queries, which torch's counter does not bear under no_grad."""
+    for net in (small(global_pool="map"), small().train()):
+        net.blocks[0].requires_grad_(False)
+        net.head.weight.grad = torch.ones_like(net.head.weight)
+        learning, training = [p.requires_grad for p in net.parameters()], net.training
+        images = torch.zeros(1, 3, 16, 16)
+        with FlopCounterMode(display=False) as counter:
+            copy.deepcopy(net).requires_grad_(False)(images)
+        assert controls.macs(net) == counter.get_total_flops() // 2 - 32 * 5
+        assert [p.requires_grad for p in net.parameters()] == learning and net.training == training
+        assert torch.equal(net.head.weight.grad, torch.ones(5, 32))
 
 
 def test_every_block_keeps_a_head_and_a_unit():

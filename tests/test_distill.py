@@ -63,3 +63,14 @@ def test_bad_input():
         Distill(teacher, 1.5)
     with pytest.raises(ValueError, match="tau=0 must be > 0"):
         Distill(teacher, 0.5, 0)
+
+
+def test_models_without_classes_are_refused():
+    model, teacher, labels = vit(num_classes=0), vit(seed=1, num_classes=0), torch.tensor([0, 1])
+    for alpha in (0.0, 0.5):
+        with pytest.raises(ValueError, match="Distill: VisionTransformer has no classifier head"):
+            Distill(teacher, alpha)(model, images(model, 2), labels)
+    with pytest.raises(ValueError, match="Distill: VisionTransformer has no classifier head"):
+        Distill(teacher, 0.5)(vit(), images(model, 2), labels)
+    loss = Distill(teacher, 0.0, blocks=[0], alignment=0.1)  # of the blocks alone
+    assert loss(vit(), images(model, 2), labels).isfinite()

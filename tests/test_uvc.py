@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import random
+import re
 import subprocess
 import sys
 
@@ -16,7 +17,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import leanvit
-from leanvit import baselines, cost, uvc
+from leanvit import baselines, controls, cost, uvc
+from leanvit.export import export
 from leanvit.uvc import BlockPlan, Plan, SlicedAttention
 from leanvit.uvc_math import flops_ratio
 from leanvit.uvc_plan import block_macs, embed_macs, whole_plan
@@ -112,6 +114,32 @@ def test_the_terms_of_the_specification(name):  # T1
     embed, block, dense = TERMS[name]
     assert embed == shapes.embed_macs and dense == uvc.dense_macs(shapes)
     assert block == block_macs(shapes.blocks[0], shapes.width, shapes.tokens)
+
+
+@pytest.mark.parametrize("prefix", [{}, {"pool_include_prefix": True}, {"class_token": False}, {"num_heads": 2}])
+def test_attention_pooling_counts(prefix):
+    """timm's pooling by a latent query: a share for each token, so that dropped patches make it cheaper."""
+    model = vit(global_pool="map", **prefix)
+    shapes = uvc.read_shapes(model)
+    assert controls.macs(model) == uvc.dense_macs(shapes) and shapes.pool_macs[1] == 2 * 32 * 32 + 2 * 32
+    assert Plan.from_json(whole_plan(shapes).to_json()).shapes == shapes
+    assert "pool_macs" not in whole_plan(uvc.read_shapes(vit())).to_json()
+    for seed in range(3):
+        plan = random_plan(shapes, seed, patches=True)
+        assert controls.macs(sliced(model, plan)) == plan.macs()
+    plan = uvc.magnitude_plan(model, 0.5, round_units=4)
+    assert 0.48 < plan.ratio() <= 0.5 and plan.ratio() == pytest.approx(plan.origin["predicted_ratio"])
+    assert controls.macs(sliced(model, plan)) == plan.macs()
+    old = Plan.from_json(re.sub(r', "pool_macs": \[[^]]*\]', "", plan.to_json()))  # of before it was counted
+    assert old.macs() < plan.macs() and controls.macs(sliced(model, old)) == plan.macs()
+
+
+def test_attention_pooling_in_a_search():
+    model = vit(global_pool="map", dtype=torch.float32)
+    data = [(images(model, 4, seed=s), torch.arange(4)) for s in range(3)]
+    plan = uvc.search(model, data, 0.5, steps=20, settings=uvc.Settings(keep_patches=8, round_units=4))
+    assert plan.ratio() <= 0.5 and plan.ratio() == pytest.approx(plan.origin["predicted_ratio"])
+    assert controls.macs(sliced(model, plan)) == plan.macs() <= 0.5 * controls.macs(model)
 
 
 def test_a_distillation_token_counts():  # T1
@@ -287,6 +315,31 @@ def test_patches_are_gathered(family):  # T26
     assert torch.equal(small(x), expected) and (expected - model(x)).abs().max() > 1e-3
 
 
+@torch.no_grad()
+def test_kept_patches_are_those_of_one_grid():
+    model = vit(dynamic_img_size=True, dtype=torch.float32)
+    shapes = uvc.read_shapes(model)
+    small = sliced(model, Plan(shapes, whole_plan(shapes).blocks, (0, 3, 4, 9, 15)))
+    larger = torch.randn(2, 3, 24, 24)
+    model(larger)
+    uvc.apply(small, Plan(uvc.read_shapes(small), whole_plan(uvc.read_shapes(small)).blocks, (1, 2)))  # again
+    assert small(images(model)).isfinite().all()
+    with pytest.raises(ValueError, match="KeepPatches: tokens=37 must be 17, those of the grid .* plan was made for"):
+        small(larger)
+    program = torch.export.export(small, (images(model),), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
+    torch.testing.assert_close(program.module()(images(model, 3)), small(images(model, 3)))
+    search = uvc.CorrectedSearch(model, 0.5, 8, settings=uvc.Settings(keep_patches=5))
+    with torch.enable_grad(), pytest.raises(ValueError, match="tokens=37 must be 17"):
+        search.step(larger, torch.tensor([0, 1]))
+    with torch.enable_grad():
+        search.step(images(model), torch.tensor([0, 1]))
+    assert search.patches is not None
+    with pytest.raises(ValueError, match="tokens=37 must be 17"):
+        model(larger)
+    search.close()
+    model(larger)
+
+
 def test_patches_need_their_place():
     model = vit(patch_drop_rate=0.5)
     shapes = uvc.read_shapes(model)
@@ -402,6 +455,16 @@ def test_torch_export(patches):  # T7
     program = torch.export.export(small, (x,), dynamic_shapes=({0: batch},))
     more = images(small, 5)
     torch.testing.assert_close(program.module()(more), small(more))
+
+
+def test_export_makes_its_folder(tmp_path):
+    model = vit(dtype=torch.float32)
+    small, x = sliced(model, random_plan(uvc.read_shapes(model), 2)), images(model)
+    with pytest.raises(ValueError, match="must end in"):
+        export(small, tmp_path / "none" / "small.pth", x)
+    assert not (tmp_path / "none").exists()
+    path = export(small, tmp_path / "new" / "folder" / "small.pt2", x)
+    torch.testing.assert_close(torch.export.load(path).module()(x), small(x))
 
 
 @pytest.mark.filterwarnings("ignore")  # the exporter's own

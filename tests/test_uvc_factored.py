@@ -8,7 +8,7 @@ from test_comcat import rel
 from test_uvc import counted, images, random_plan, sliced, vit
 
 import leanvit
-from leanvit import comcat, uvc
+from leanvit import comcat, controls, uvc
 from leanvit.comcat_modules import FactoredAttention
 from leanvit.export import export
 from leanvit.uvc import BlockPlan, Plan, SlicedAttention
@@ -71,6 +71,71 @@ def test_macs_are_counted_on_the_factors():
     plan = Plan(shapes, tuple(blocks))
     assert counted(sliced(model, plan)) == 2 * (plan.macs() + uvc.head_macs(model))
     assert plan.ratio() < 0.8
+
+
+@pytest.mark.parametrize("ranks", [{"qk": 1}, {"vo": 2}, {"qk": 2, "vo": 6}, {"qk": 5, "vo": 5}])
+def test_macs_are_torchs_where_heads_are_padded(ranks):
+    """Narrower queries, keys or values are padded before the fused product; what is cut unevenly is not."""
+    model = factored(ranks)
+    shapes = uvc.read_shapes(model)
+    assert counted(model) == 2 * (uvc.dense_macs(shapes) + uvc.head_macs(model))
+    for seed in range(4):
+        plan = random_plan(shapes, seed)
+        assert counted(sliced(model, plan)) == 2 * (plan.macs() + uvc.head_macs(model))
+    width = shapes.blocks[0].values[0]
+    narrow = BlockPlan((0, 2), ((0,),) * 2, tuple(range(50)))
+    heads = BlockPlan((1, 3), (tuple(range(width)),) * 2, tuple(range(50)))
+    plan = Plan(shapes, (narrow, heads, *whole_plan(shapes).blocks[2:]))
+    small = sliced(model, plan)
+    assert counted(small) == 2 * (plan.macs() + uvc.head_macs(small))
+    assert uvc.dense_macs(uvc.read_shapes(small)) == plan.macs()
+
+
+@pytest.mark.parametrize("dims", [None, 2])
+def test_the_budget_is_met_where_heads_are_padded(dims):
+    model = factored({"qk": 1, "vo": 8}, vit(img_size=64, patch_size=8))
+    plan = uvc.magnitude_plan(model, 0.5, round_dims=dims)
+    small = sliced(model, plan)
+    assert 0.48 < plan.ratio() <= 0.5 and plan.ratio() == pytest.approx(plan.origin["predicted_ratio"])
+    assert controls.macs(small) == plan.macs() <= 0.5 * controls.macs(model)
+
+
+@pytest.mark.parametrize("dims", [False, True])
+def test_a_padded_model_is_searched(dims):
+    model = factored({"qk": 2, "vo": 6}, vit(dtype=torch.float32))
+    data = [(images(model, 8, seed=s), torch.arange(8) % 5) for s in range(4)]
+    dense = controls.macs(model)
+    plan = uvc.search(model, data, 0.6, steps=12, settings=uvc.Settings(dims=dims, round_units=4, round_dims=2))
+    uvc.apply(model, plan)
+    assert 0.5 < controls.macs(model) / dense <= 0.6 and controls.macs(model) == plan.macs()
+
+
+def test_plans_of_before_the_padding_was_counted():
+    """They and plans of stock models have no word of it; they fit as they did."""
+    shapes = uvc.read_shapes(vit())
+    assert "padded" not in whole_plan(shapes).to_json()
+    model = factored({"qk": 3, "vo": 6})
+    plan = even_plan(uvc.read_shapes(model))
+    text = plan.to_json()
+    assert Plan.from_json(text) == plan
+    old = text.replace(', "padded": true', "")
+    assert old != text and Plan.from_json(old).macs() < plan.macs()
+    x = images(model)
+    assert torch.equal(sliced(model, Plan.from_json(old))(x), sliced(model, plan)(x))
+
+
+@pytest.mark.parametrize("paper", [False, True])
+def test_ratio_of_padded_heads(paper):
+    model = factored({"qk": 3, "vo": 6})
+    shapes = uvc.read_shapes(model)
+    zero, none = torch.zeros(4, 2).double(), torch.zeros(4, 4).double()
+    dead = torch.zeros(4, 4, dtype=torch.bool)
+    told = dict(dead=dead, run=torch.ones(4), paper=paper, tokens=shapes.tokens)
+    assert flops_ratio(shapes, zero, none, **told).item() == pytest.approx(1, rel=1e-12)
+    blocks = [BlockPlan(b.heads, ((0, 1),) * 4, b.units) for b in whole_plan(shapes).blocks]
+    plan = Plan(shapes, tuple(blocks))
+    macs = plan.paper_macs() if paper else plan.macs()
+    assert flops_ratio(shapes, zero, none + 4, **told).item() == pytest.approx(macs / uvc.dense_macs(shapes), rel=1e-12)
 
 
 def test_ratio_of_factors_is_that_of_the_plan():

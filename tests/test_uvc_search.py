@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from test_uvc import counted, images, sliced, vit
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -407,6 +408,24 @@ def test_patches_are_found_and_gathered():  # T26
         CorrectedSearch(model, 0.4, 20, settings=settings(keep_patches=17))
 
 
+def test_patches_go_before_a_short_ramp_ends():
+    """The plan has the patches that the rest of the search was trained with."""
+    model, history = vit(dtype=torch.float32), []
+    chosen = settings(keep_patches=8, ramp=0.05)
+    plan = uvc.search(model, batches(model), 0.5, steps=40, settings=chosen, history=history)
+    assert len(plan.patches) == 8 and plan.ratio() <= 0.5 and history[1]["settled"]
+    small = sliced(model, plan)
+    assert counted(small) == 2 * (plan.macs() + uvc.head_macs(small))
+
+
+def test_a_warmup_that_leaves_no_step():
+    model = vit()
+    with pytest.raises(ValueError, match=r"search: steps=5 must be more than the warm-up takes \(5, warmup=0.95\)"):
+        CorrectedSearch(model, 0.5, 5, settings=settings(warmup=0.95))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    CorrectedSearch(model, 0.5, 6, settings=settings(warmup=0.8)).close()
+
+
 def test_patches_that_the_loss_reads_stay():
     """The loss depends on four patches alone: they are what the search keeps."""
     model = vit(dtype=torch.float32)
@@ -479,6 +498,59 @@ def test_search_goes_on_from_a_state():  # T22
     assert told == history and all(
         torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)
     )
+
+
+@pytest.mark.parametrize("mode", ["corrected", "patches", "faithful"])
+def test_a_state_in_memory_is_a_copy(mode):
+    """It stays what it was while its search goes on, and while a search that took it goes on."""
+
+    def model(seed=0):
+        return vit(seed=seed, dtype=torch.float32)
+
+    data = batches(model(), 16)
+    first = run(make(mode, model()), data, 5)
+    state = first.state_dict()
+    for batch in data[5:]:
+        first.step(*batch)
+    for seed in (5, 6):
+        again = make(mode, model(seed))
+        again.load_state_dict(state)
+        for batch in data[5:]:
+            again.step(*batch)
+        assert same(first.state_dict(), again.state_dict())
+
+
+@pytest.mark.parametrize("keep", [None, 8])
+def test_an_early_state_unsettles(keep):
+    """A search that has decided goes back to a state of before: masks, kept patches and the plan go."""
+
+    def search():
+        return CorrectedSearch(vit(dtype=torch.float32), 0.5, 16, settings=settings(keep_patches=keep))
+
+    data = batches(vit(dtype=torch.float32), 16)
+    early, whole = run(search(), data, 1), run(search(), data, 16)
+    back = run(search(), data, 12)
+    assert back.found is not None
+    back.load_state_dict(early.state_dict())
+    assert back.found is None and back.patches is None and not back.hooks.masks and back.hooks.keep is None
+    x = images(back.model)
+    assert torch.equal(back.model.eval()(x), early.model.eval()(x))
+    with pytest.raises(RuntimeError, match="1 are done"):
+        back.plan()
+    for batch in data[1:]:
+        back.step(*batch)
+    assert same(whole.state_dict(), back.state_dict()) and whole.plan() == back.plan()
+
+
+def test_search_gives_the_modes_back():
+    model = vit(dtype=torch.float32, proj_drop_rate=0.1)
+    model.blocks[1].train()
+    before = {n: m.training for n, m in model.named_modules()}
+    uvc.search(model, batches(model), 0.5, steps=4, settings=settings())
+    assert {n: m.training for n, m in model.named_modules()} == before and not model.training
+    with pytest.raises(TrainingDiverged):
+        uvc.search(model, batches(model), 0.5, steps=4, loss=lambda m, x, y: m(x).sum() * math.nan)
+    assert {n: m.training for n, m in model.named_modules()} == before
 
 
 def _in_a_group(rank, folder):
@@ -677,6 +749,20 @@ def test_the_table_is_measured():
         uvc.measure_latency(sliced(model, uvc.random_plan(model, 0.6, 0)))
 
 
+def test_a_table_of_another_model_is_refused():
+    measured = uvc.measure_latency(vit(dtype=torch.float32), points=2, rounds=1, clock=time.process_time)
+    assert [measured.about[n] for n in ("width", "tokens", "depth")] == [32, 17, 4]
+    LatencyCost(uvc.read_shapes(vit(seed=3)), measured)
+    others = {
+        "width 32; this one has 24": dict(embed_dim=24),
+        "tokens 17; this one has 5": dict(patch_size=8),
+        "depth 4; this one has 3": dict(depth=3),
+    }
+    for message, other in others.items():
+        with pytest.raises(ValueError, match=f"the latency table is of a model of {message}: measure it on this"):
+            uvc.magnitude_plan(vit(**other), 0.9, latency=measured)
+
+
 # --- controls, end to end --------------------------------------------------------------------------------------------
 
 
@@ -835,6 +921,38 @@ def test_bad_input():
     search.close()
     with pytest.raises(RuntimeError, match="is closed"):
         search.step(*data[0])
+
+
+def test_soft_labels_of_one_class():
+    model = vit(dtype=torch.float32)
+    x = batches(model)[0][0]
+    soft = [(x, torch.tensor([[0.1, 0.1, 0.6, 0.1, 0.1]]).repeat(4, 1))] * 2
+    with pytest.raises(ValueError, match="all labels are class 2; a search needs images of at least two"):
+        uvc.search(model, soft, 0.5, steps=2)
+    one = torch.nn.functional.one_hot(torch.tensor([2]), 5).float()
+    uvc.search(model, [*soft, (x[:1], one.roll(1, 1))], 0.5, steps=2, settings=settings())
+    scores = [(x, torch.full((4, 5), 0.7))]  # no probabilities: for a loss that the caller knows
+    uvc.search(model, scores, 0.5, steps=2, loss=lambda m, x, y: (m(x) - y).square().mean(), settings=settings())
+
+
+@pytest.mark.parametrize("mode", ["corrected", "faithful"])
+def test_cross_entropy_needs_one_classifier(mode):
+    told = dict(settings=flags(), mode=mode) if mode == "faithful" else dict(budget=0.5, steps=2, settings=settings())
+    model = vit(num_classes=0)
+    data = [(x, y % 4) for x, y in batches(vit())]
+    with pytest.raises(ValueError, match="search: VisionTransformer has no classifier head"):
+        uvc.search(model, data, **told)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    search = CorrectedSearch(model, 0.5, 2, loss=lambda m, x, y: m(x).square().mean(), settings=settings())
+    run(search, data, 2)
+    distilled = VisionTransformerDistilled(
+        img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=4, num_classes=5, class_token=True
+    ).double()
+    distilled.set_distilled_training(True)
+    with pytest.raises(ValueError, match="search: VisionTransformerDistilled gives 2 outputs in training.*Distill"):
+        uvc.search(distilled, data, **told)
+    distilled.set_distilled_training(False)
+    run(CorrectedSearch(distilled, 0.5, 2, settings=settings()), data, 2)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ dies; it then goes on from its last checkpoint. Ray is imported here alone, and 
 import contextlib
 import hashlib
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
@@ -61,9 +62,12 @@ class Cluster:
             raise params.ParameterError(f"--cluster needs Ray, which is not installed: {hint}") from None
         self.ray = ray
         handler = signal.getsignal(signal.SIGTERM)
+        host, _, port = address.removeprefix("ray://").rpartition(":")
         try:
+            if port.isdigit():  # Ray itself waits for minutes where nobody listens
+                socket.create_connection((host, int(port)), timeout=10).close()
             ray.init(address=address, log_to_driver=False, logging_level="error", ignore_reinit_error=True)
-        except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise params.ParameterError(
                 f"--cluster {address}: no Ray cluster answers ({_last_line(error)}); start one: ray start --head"
             ) from None

@@ -12,6 +12,7 @@ dropped squared singular values (ComCAT's specification, 6.2). Each part has cov
 DRONE (NeurIPS 2021), SVD-LLM (arXiv 2403.07378) and A^3 (arXiv 2505.12942) whiten so; centred keys and bias are ours.
 """
 
+import math
 from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from leanvit.comcat_cut import product
 from leanvit.comcat_factors import Spectrum, roots
 from leanvit.comcat_modules import read_heads
-from leanvit.comcat_plan import ROTARY, Part, Plan, model_name, parts
+from leanvit.comcat_plan import ROTARY, Part, Plan, make_plan, model_name, parts
 from leanvit.evaluate import device_of, modes_restored
 
 RIDGE = 1e-4  # of trace / d
@@ -65,9 +66,11 @@ class Statistics:
 
     def check(self, plan: Plan) -> None:
         """Raise `ValueError` when these statistics are of another model than the plan."""
-        if plan.shapes != self.shapes:
+        other = [n for n in (*plan.shapes, *self.shapes) if plan.shapes.get(n) != self.shapes.get(n)]
+        if other:
             raise ValueError(
-                f"ComCAT: the statistics are of {self.model}, the plan is for {plan.model}; calibrate the model itself"
+                f"ComCAT: the statistics are of {self.model}, the plan is for {plan.model}; they differ in {other[0]}, "
+                "calibrate the model itself"
             )
 
     def weighting(
@@ -95,8 +98,10 @@ class Statistics:
 def spectra(model: nn.Module, statistics: Statistics | None = None) -> dict[str, Spectrum]:
     """The SVD of every part of a dense model, weighted by `statistics` where given (see `Spectrum.energy`).
 
-    Raises `ValueError` that names the part whose weights are not finite.
+    Raises `ValueError` that names the part whose weights are not finite, and for statistics of another model.
     """
+    if statistics is not None:
+        statistics.check(make_plan(model, {}))
     return {part.name: spectrum(part.name, *product(model, part), statistics) for part in parts(model)[0]}
 
 
@@ -107,6 +112,12 @@ def spectrum(name: str, a: Tensor, b: Tensor | None, statistics: Statistics | No
         return Spectrum(a, b, *weighting)
     except ValueError as error:
         raise ValueError(f"ComCAT: {name} has no singular values: {error}") from None
+
+
+def check_ridge(method: str, ridge: float) -> None:
+    """Raise `ValueError` for a ridge that is no finite number of at least 0."""
+    if isinstance(ridge, bool) or not isinstance(ridge, (int, float)) or not 0 <= ridge < math.inf:
+        raise ValueError(f"{method}: ridge={ridge!r} must be a finite number of at least 0")
 
 
 def images_of(batch) -> Tensor:
@@ -137,8 +148,10 @@ def calibrate(model: nn.Module, batches: Iterable, *, ridge: float = RIDGE) -> S
         ridge: added to each covariance, times its mean eigenvalue; 0 takes pseudo-inverses instead.
 
     The model and its modes are as before. Fewer images than the width are regularised by the ridge, and `notes` says
-    so. Raises `ValueError` for no images, NaN among the activations, or a model that cannot be factored.
+    so. Raises `ValueError` for no images, NaN among the activations, a negative ridge, or a model that cannot be
+    factored.
     """
+    check_ridge("calibrate", ridge)
     found, _ = parts(model)
     shapes = {p.name: [p.heads, p.inputs, p.outputs, p.full] for p in found}
     result = Statistics(model_name(model), shapes, ridge=ridge, kinds={p.name: p.kind for p in found})

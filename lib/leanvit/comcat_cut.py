@@ -44,7 +44,10 @@ class Cutter:
                 outputs = (a if b is None else b).shape[-1]
                 return a.new_empty(*a.shape[:-1], rank), a.new_empty(*a.shape[:-2], rank, outputs)
             weighting = (None, None) if statistics is None else statistics.weighting(name, a.shape[-2])
-            return Spectrum(a, b, *weighting).factors(rank, plan.mode == "corrected")
+            try:
+                return Spectrum(a, b, *weighting).factors(rank, plan.mode == "corrected")
+            except ValueError as error:
+                raise ValueError(f"ComCAT: {name} cannot be factored: {error}") from None
 
         return cls(plan, cut, None if statistics is None else statistics.shift)
 
@@ -111,10 +114,7 @@ def apply(model: nn.Module, plan: Plan, statistics=None) -> Report:
     for part in found:
         if part.name not in plan.ranks or part.module in new:
             continue
-        try:
-            new[part.module] = cutter.make(part, model.get_submodule(part.module))
-        except ValueError as error:
-            raise ValueError(f"ComCAT: {part.name} cannot be factored: {error}") from None
+        new[part.module] = cutter.make(part, model.get_submodule(part.module))
     drop = [n for n in new if getattr(getattr(model.get_submodule(n), "attn_drop", None), "p", 0) > 0]
     for name, module in new.items():
         surgery.replace(model, name, module)

@@ -156,6 +156,8 @@ class Plan:
     `ranks` are per head; a part of `shapes` that is not named stays dense. `shapes` are (heads, inputs, outputs, full)
     of every part of the model that the plan was made for. `bias`: "absorb" all biases of attention exactly, throw them
     away ("none"), or start zero ones ("zero", the authors' `--attn2-with-bias`). `about` is for notes.
+
+    Raises `ValueError` for another mode or bias, a rank that is no whole number from 1 on, and other shapes.
     """
 
     model: str
@@ -164,6 +166,18 @@ class Plan:
     mode: str = "corrected"
     bias: str = "absorb"
     about: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        _one_of("mode", self.mode, MODES)
+        _one_of("bias", self.bias, BIASES)
+        for what in ("ranks", "shapes", "about"):
+            if not isinstance(getattr(self, what), Mapping):
+                raise ValueError(f"ComCAT: {what}={getattr(self, what)!r} must be a dict")
+        surgery.check_whole("ComCAT", **{f"rank of {n}": r for n, r in self.ranks.items()})
+        for name, shape in self.shapes.items():
+            if not isinstance(shape, (list, tuple)) or len(shape) != 4:
+                raise ValueError(f"ComCAT: shape of {name}={shape!r} must be [heads, inputs, outputs, full rank]")
+            surgery.check_whole("ComCAT", **{f"shape of {name}, {i + 1} of 4": n for i, n in enumerate(shape)})
 
     def to_json(self) -> str:
         return json.dumps({"method": "comcat", **asdict(self)}, allow_nan=False)
@@ -239,7 +253,7 @@ def _without_loss(found: list[Part], ranks: dict[str, int]) -> dict[str, int]:
     return kept | full
 
 
-def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:
+def _one_of(what: str, value: object, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ValueError(f"ComCAT: {what}={value!r} is none of {', '.join(known)}")
 

@@ -7,6 +7,7 @@ and `linear_macs` are the papers' own accountings (ComCAT's specification, 1.4, 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -104,14 +105,41 @@ def realised(part: Part, nominal: int) -> int:
     return nominal // part.heads
 
 
+def paying(part: Part) -> int:
+    """The largest rank that makes a part smaller and faster (0: none does)."""
+    return worthwhile(part.inputs, part.outputs) if part.kind == "fc" else part.full - 1
+
+
 def candidates(part: Part, mode: str = "corrected") -> list[int | None]:
     """Ranks per head to choose among, rising; corrected: without those too large to pay, and with dense (None)."""
     width = part.heads * part.full if part.kind != "fc" else part.full
     ranks = sorted({realised(part, n) for n in nominal_candidates(width)} - {0}) or [1]
     if mode == "faithful":
         return ranks
-    limit = worthwhile(part.inputs, part.outputs) if part.kind == "fc" else part.full - 1
-    return [r for r in ranks if r <= limit] + [None]
+    return [r for r in ranks if r <= paying(part)] + [None]
+
+
+def own_candidates(
+    found: Iterable[Part], ranks: Mapping[str, Sequence[int | None]], mode: str = "corrected"
+) -> dict[str, list[int | None]]:
+    """The candidates that a user gives for some parts, after making sure that a search can choose them all.
+
+    Raises `ValueError` for names of no part, and for ranks outside 1 .. full (corrected: at or above break-even, where
+    dense, None, is smaller).
+    """
+    known, result = {p.name: p for p in found}, {}
+    for name, mine in ranks.items():
+        if name not in known:
+            some = ", ".join(list(known)[:3])
+            raise ValueError(f"RankSearch: ranks={name!r} must be full names of the model's parts, as {some}")
+        part = known[name]
+        top = part.full if mode == "faithful" else max(paying(part), math.ceil(part.break_even) - 1)
+        fits = isinstance(mine, Sequence) and len(mine) > 0
+        if not fits or not all(mode != "faithful" if r is None else type(r) is int and 1 <= r <= top for r in mine):
+            dense = "" if mode == "faithful" else ", or None for dense"
+            raise ValueError(f"RankSearch: ranks of {name}={mine!r} must be a list of whole numbers in 1..{top}{dense}")
+        result[name] = list(mine)
+    return result
 
 
 def ranks_from_list(model: nn.Module, totals: Sequence[int]) -> dict[str, int]:
@@ -145,6 +173,30 @@ def uniform_ranks(model: nn.Module, *, attention: float = 0.0, mlp: float = 0.0)
 Points = list[tuple[int | None, int, float]]  # (rank, weights, gain), weights and gain rising
 
 
+def check_budget(budget: float) -> None:
+    """Raise `ValueError` for a budget that is no finite number."""
+    if isinstance(budget, bool) or not isinstance(budget, Real) or not math.isfinite(budget):
+        raise ValueError(f"ComCAT: budget={budget!r} must be a finite number of weights")
+
+
+def check_weights(method: str, found: Iterable[Part], weights: Mapping[str, float]) -> None:
+    """Raise `ValueError` where `weights` lack a part or hold something else than a finite number from 0 on."""
+    for part in found:
+        if part.name not in weights:
+            raise ValueError(f"{method}: weights say nothing of {part.name}; measure them on this model")
+        value = weights[part.name]
+        if not isinstance(value, Real) or not 0 <= value < math.inf:
+            raise ValueError(f"{method}: weight of {part.name}={value!r} must be a finite number of at least 0")
+
+
+def between(part: Part, ranks: Sequence[int | None]) -> list[int | None]:
+    """Every rank from the smallest to the largest candidate; with dense (None) beside others, every one that pays."""
+    whole = [r for r in ranks if r is not None]
+    if None not in ranks:
+        return [*range(min(whole), max(whole) + 1)]
+    return [*range(1, max(paying(part), *whole) + 1), None] if whole else [None]
+
+
 def curve(part: Part, energy: Tensor, ranks: Sequence[int | None] | None = None, weight: float = 1.0) -> Points:
     """What each rank of a part costs and keeps: `gain = weight * (energy of the directions kept)`.
 
@@ -152,8 +204,7 @@ def curve(part: Part, energy: Tensor, ranks: Sequence[int | None] | None = None,
     """
     kept = torch.cumsum(energy.double(), 0).tolist()
     if ranks is None:
-        limit = worthwhile(part.inputs, part.outputs) if part.kind == "fc" else part.full - 1
-        ranks = [*range(1, limit + 1), None]
+        ranks = [*range(1, paying(part) + 1), None]
     points = [(r, part.weights(r), weight * kept[(part.full if r is None else r) - 1]) for r in ranks]
     return sorted(points, key=lambda point: point[1])
 
@@ -165,8 +216,9 @@ def project(curves: Mapping[str, Points], budget: int, start: Mapping[str, int |
     steps up come by the most gain for each weight (several ranks at once where that is better: up to dense, say), as
     long as one fits. Greedy is exact for this additive measure up to the last steps.
 
-    Raises `ValueError` for a budget below the smallest ranks (the floor is named).
+    Raises `ValueError` for a budget below the smallest ranks (the floor is named) or not finite.
     """
+    check_budget(budget)
     floor = sum(points[0][1] for points in curves.values())
     if budget < floor:
         raise ValueError(f"ComCAT: a budget of {budget:,} weights cannot be met; the smallest ranks take {floor:,}")
@@ -222,14 +274,19 @@ def greedy(
         weights: what a unit of lost energy matters, by part, see `sensitivity`; without them the energy of each part
             counts in parts of its own total.
         multiple: ranks are multiples of it (8 suits CPUs and GPUs).
+
+    Raises `ValueError` for a budget that cannot be met or is no number, weights that lack a part or are negative,
+    statistics of another model, and a multiple below 1.
     """
+    surgery.check_whole("greedy", multiple=multiple)
     found, _ = parts(model)
+    if weights is not None:
+        check_weights("greedy", found, weights)
     spectrum, curves = spectra(model, statistics), {}
     for part in found:
         energy = spectrum[part.name].energy
         weight = weights[part.name] if weights is not None else 1 / max(float(energy.sum()), 1e-300)
-        limit = worthwhile(part.inputs, part.outputs) if part.kind == "fc" else part.full - 1
-        ranks = [*range(multiple, limit + 1, multiple)] or [1]
+        ranks = [*range(multiple, paying(part) + 1, multiple)] or [1]
         curves[part.name] = curve(part, energy, [*ranks, None], weight)
     ranks = project(curves, budget)
     about = {"ranks": "greedy", "budget": budget, "weights": total_weights(found, ranks)}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from leanvit import surgery
-from leanvit.comcat_calibrate import images_of
+from leanvit.comcat_calibrate import check_ridge, images_of
 from leanvit.comcat_modules import FactoredAttention, FactoredLinear
 from leanvit.comcat_plan import plan_of
 from leanvit.distill import Distill, aligned_blocks
@@ -77,10 +77,12 @@ def refit(model: nn.Module, original: nn.Module, batches: Iterable, *, ridge: fl
         batches: images or (images, labels), gone through once for each block (a list, or a set that can be read again).
         ridge: pull towards the present factors, in parts of the mean variance of the inputs.
 
-    Raises `ValueError` where nothing is factored, for no images, or when the two models differ; `model` is then as it
-    was.
+    Raises `ValueError` where nothing is factored or an adapter is attached, for no images, a negative ridge, or when
+    the two models differ (also in their number of blocks); `model` is then as it was.
     """
     plan_of(model, "refit")
+    surgery.refuse_adapted(model, "refit")
+    check_ridge("refit", ridge)
     layers = second_layers(model)
     batches = [images_of(b) for b in batches]
     if not batches or sum(len(b) for b in batches) == 0:
@@ -88,6 +90,12 @@ def refit(model: nn.Module, original: nn.Module, batches: Iterable, *, ridge: fl
     missing = next((n for n in layers if n not in dict(original.named_modules())), None)
     if missing:
         raise ValueError(f"refit: the original model has no {missing}; give the dense model that this one was cut from")
+    depth, here = len(getattr(original, "blocks", [])), len(model.blocks)
+    if depth != here:
+        raise ValueError(
+            f"refit: the original model has {depth} blocks, this one {here}, so that their numbers name others; refit "
+            "against the pruned, unfactored model"
+        )
     before = {n: [p.clone() for p in layer.parameters()] for n, (_, layer) in layers.items()}
     report = Report("ComCAT re-fit", [second for second, _ in layers.values()], {}, *surgery.count(model))
     try:
@@ -153,7 +161,13 @@ def _solve(name: str, layer: nn.Linear, target: nn.Module, own: list, theirs: li
     finally:
         for hook in hooks:
             hook.remove()
-    weight, bias = sums.solve(ridge, layer.weight.T, layer.bias is not None)
+    try:
+        weight, bias = sums.solve(ridge, layer.weight.T, layer.bias is not None)
+    except torch.linalg.LinAlgError:
+        raise ValueError(
+            f"refit: {name} cannot be solved from {sums.n} rows of dependent inputs; raise ridge={ridge:g}, or give "
+            "more images"
+        ) from None
     if not torch.isfinite(weight).all():
         raise ValueError(f"refit: {name} cannot be solved (NaN among the activations?); raise ridge={ridge:g}")
     layer.weight.copy_(weight.T)

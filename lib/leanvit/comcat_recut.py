@@ -43,10 +43,12 @@ def current_ranks(model: nn.Module, found: list[Part]) -> dict[str, int]:
 class Recut:
     """A model, the plan it is cut by (none of it at first), and the directions dropped so far in `reserve`.
 
-    Raises `ValueError` for a model that was cut in another mode, and what `parts` raises.
+    Raises `ValueError` for a model that was cut in another mode or has an adapter, for statistics of another model, and
+    what `parts` raises.
     """
 
     def __init__(self, model: nn.Module, mode: str, statistics: Statistics | None = None):
+        surgery.refuse_adapted(model, "RankSearch")
         before = getattr(model, PLAN, None)
         if before is not None and before.mode != mode:
             raise ValueError(f"RankSearch: this model was cut in {before.mode} mode; go on with mode={before.mode!r}")
@@ -57,6 +59,8 @@ class Recut:
             )
         self.model, self.statistics, self.fresh = model, statistics, before is None
         self.plan = before or make_plan(model, {}, mode=mode)
+        if statistics is not None:
+            statistics.check(self.plan)
         self.faithful = mode == "faithful"
         self.parts = [part_of(name, shape) for name, shape in self.plan.shapes.items()]
         self.reserve: dict[str, tuple[Tensor, Tensor]] = {}

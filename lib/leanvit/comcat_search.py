@@ -13,6 +13,7 @@ kept aside, so that a rank can grow back. Faithful mode: nominal sizes of the sa
 candidates, one way only, each choice factored anew with all of Sigma on the right, no projection.
 """
 
+import copy
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace as changed
@@ -25,10 +26,21 @@ from leanvit import surgery
 from leanvit.comcat_calibrate import Statistics
 from leanvit.comcat_factors import Spectrum
 from leanvit.comcat_plan import Part, Plan
-from leanvit.comcat_ranks import candidates, curve, nominal_candidates, project, total_weights
+from leanvit.comcat_ranks import (
+    between,
+    candidates,
+    check_budget,
+    check_weights,
+    curve,
+    nominal_candidates,
+    own_candidates,
+    project,
+    total_weights,
+)
 from leanvit.comcat_recut import Ranks, Recut, current_ranks, settled
 from leanvit.comcat_schedule import Schedule, penalised, temperature
 from leanvit.comcat_supernet import Supernet, coverage, swapped
+from leanvit.distill import need_classes
 from leanvit.evaluate import device_of, modes_restored
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -48,7 +60,8 @@ class RankSearch:
         budget: weights of all parts together, see `comcat_ranks.authors_budget`.
         epochs: how many the whole run has; the temperature falls from 5 to 0.1 over them.
         schedule: see `Schedule`; by default the adaptive one of the mode.
-        ranks: candidates by part, in place of those of the mode.
+        ranks: candidates by part, in place of those of the mode. The projection keeps to the ranks from the smallest to
+            the largest of them; with None (dense) beside others it may take every rank that pays.
         statistics: of `calibrate`, for data-aware directions (corrected mode).
         weights: of `sensitivity`: what lost energy matters, by part, when the choice is projected onto the budget;
             without them each part's energy counts in parts of its own total (corrected mode).
@@ -61,7 +74,8 @@ class RankSearch:
     the search has .026 to .029 (3 seeds) against .026. Without training, it adds little to the sensitivities.
 
     `search(epoch, batches)` is one pass over the search data, `commit()` cuts the model, `plan` says how it is cut.
-    Raises `ValueError` for a budget below the smallest candidates, and what `parts` raises.
+    Raises `ValueError` for a budget below the smallest candidates, candidates that the parts do not have, weights or
+    statistics of another model, an adapter, and what `parts` raises.
     """
 
     def __init__(
@@ -85,14 +99,15 @@ class RankSearch:
         self.faithful = mode == "faithful"
         if self.faithful and not (statistics is None and weights is None):
             raise ValueError("RankSearch: the faithful mode uses plain singular values; leave statistics, weights out")
+        check_budget(budget)
         lr = (0.01 if self.faithful else 0.1) if lr is None else lr
         self.recut = Recut(model, mode, statistics)
         self.parts = self.recut.parts
-        missing = [] if weights is None else [p.name for p in self.parts if p.name not in weights]
-        if missing:
-            raise ValueError(f"RankSearch: weights say nothing of {missing[0]}; measure them on this model")
+        if weights is not None:
+            check_weights("RankSearch", self.parts, weights)
         self.weights = weights
-        self.candidates = {p.name: list((ranks or {}).get(p.name) or candidates(p, mode)) for p in self.parts}
+        self.given = own_candidates(self.parts, ranks or {}, mode)
+        self.candidates = {p.name: self.given.get(p.name) or candidates(p, mode) for p in self.parts}
         floor = {n: min(c, key=lambda r: (r is None, r)) for n, c in self.candidates.items()}
         if total_weights(self.parts, floor) > budget:
             least = total_weights(self.parts, floor)
@@ -153,8 +168,11 @@ class RankSearch:
 
         Use held-out images of the training set, shuffled. Returns the entry of `log`: epoch, tau, seconds, steps, mean
         loss, expected size, ranks chosen. Raises `ValueError` for no batch, for a set of one class, in corrected mode
-        for one sorted by class (as the authors' is), and for a loss that is not finite; alpha is then as before.
+        for one sorted by class (as the authors' is), for a loss that is not finite, and for a model without classes;
+        alpha is then as before.
         """
+        if loss is cross_entropy:
+            need_classes(self.model, "RankSearch")
         start, before = time.perf_counter(), self._learned()
         self.epoch = epoch
         spectra = self.recut.spectra()
@@ -180,10 +198,11 @@ class RankSearch:
                     self.optimizer.step()
                     losses.append(float(value.detach()))
                     seen += labels.tolist() if labels.dim() == 1 else []
-        problem = "has no batches" if not losses else _problem(seen, len(losses) > 1 and not self.faithful)
-        if problem:
+        try:
+            _check_set(len(losses), seen, self.faithful)
+        except ValueError:
             self._put_learned(before)
-            raise ValueError(f"RankSearch: the search set {problem}; give shuffled held-out images of all classes")
+            raise
         chosen = self.choice(spectra)
         entry = {
             "epoch": epoch,
@@ -215,7 +234,8 @@ class RankSearch:
         for part in self.parts:
             energy = spectra[part.name].energy
             relative = 1 / max(float(energy.sum()), 1e-300)
-            curves[part.name] = curve(part, energy, weight=self.weights[part.name] if self.weights else relative)
+            ranks = between(part, self.given[part.name]) if part.name in self.given else None
+            curves[part.name] = curve(part, energy, ranks, self.weights[part.name] if self.weights else relative)
         return project(curves, self.budget, likeliest)
 
     def commit(self) -> bool:
@@ -232,8 +252,17 @@ class RankSearch:
         return True
 
     def result(self) -> Plan:
-        """The plan of the last search, with what the searches took in `about`."""
+        """The plan of the last search, with what the searches took in `about`.
+
+        Raises `ValueError` when nothing was searched and the model is above the budget (corrected mode).
+        """
         ranks = settled(self.parts, self.log[-1]["ranks"]) if self.log else self.plan.ranks
+        if not (self.log or self.faithful) and total_weights(self.parts, ranks) > self.budget:
+            raise ValueError(
+                f"RankSearch: nothing was searched, and the model has {total_weights(self.parts, ranks):,} weights, "
+                f"more than budget={self.budget:,}; epochs={self.epochs} must be more than the schedule's "
+                f"first={self.schedule.first}"
+            )
         keys = ("epoch", "seconds", "size", "weights", "tau")
         about = {
             "ranks": "search",
@@ -272,10 +301,23 @@ class RankSearch:
             "log": [dict(entry) for entry in self.log],
             "reserve": {n: (a.clone(), b.clone()) for n, (a, b) in self.recut.reserve.items()},
             "plan": self.plan.to_json(),
+            "settings": self._settings(),
         }
 
+    def _settings(self) -> dict:
+        """What must be the same when a search goes on."""
+        ranks = {name: list(ranks) for name, ranks in self.candidates.items()}
+        return {"budget": float(self.budget), "epochs": self.epochs, "candidates": ranks}
+
     def load_state_dict(self, state: dict) -> None:
-        """Go on from `state`; the model must be cut as it was then (`comcat.load`), or `ValueError`."""
+        """Go on from `state`; the model must be cut as it was then (`comcat.load`), and budget, epochs and candidates
+        be the same, or `ValueError`."""
+        mine, theirs = self._settings(), state.get("settings", {})
+        other = [name for name in theirs if theirs[name] != mine.get(name)]
+        if other:
+            old, new = theirs[other[0]], mine[other[0]]
+            how = "" if other[0] == "candidates" else f"={new:,.12g} must be {old:,.12g},"
+            raise ValueError(f"RankSearch: {other[0]}{how} as in the state; start anew for others")
         plan = Plan.from_json(state["plan"])
         now = current_ranks(self.model, self.parts)
         if plan.ranks != now or plan.shapes != self.plan.shapes or plan.mode != self.plan.mode:
@@ -285,6 +327,12 @@ class RankSearch:
         self.searches, self.train_seconds = state["searches"], state["train_seconds"]
         self.log = [dict(entry) for entry in state["log"]]
         self.recut.plan, self.recut.reserve = plan, dict(state["reserve"])
+
+
+def _check_set(batches: int, labels: list[int], faithful: bool) -> None:
+    problem = _problem(labels, batches > 1 and not faithful) if batches else "has no batches"
+    if problem:
+        raise ValueError(f"RankSearch: the search set {problem}; give shuffled held-out images of all classes")
 
 
 def _problem(labels: list[int], ordered: bool) -> str | None:
@@ -330,7 +378,17 @@ def search(
         settings: of `RankSearch` (mode, schedule, statistics, seed, ...).
 
     `plan.about` holds the searches (epochs, seconds, sizes), so that the time saved by a schedule can be read off.
+
+    Raises `ValueError` as `RankSearch` does, and where no epoch searches and the model is above the budget. A list of
+    batches is looked at first; the model is then as it was.
     """
+    if loss is cross_entropy:
+        need_classes(model, "search")
+    faithful = settings.get("mode") == "faithful"
+    if isinstance(batches, (list, tuple)):
+        _check_set(len(batches), [c for _, y in batches if y.dim() == 1 for c in y.tolist()], faithful)
+    if faithful and train is None:
+        model = copy.deepcopy(model)  # this mode factors it at once
     state = RankSearch(model, budget, epochs=epochs, **settings)
     if resume is not None:
         state.load_state_dict(resume)

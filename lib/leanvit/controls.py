@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterable
 
 import torch
+from timm.layers.attention import Attention
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -65,9 +66,10 @@ def cut(
 
 def macs(model: nn.Module) -> int:
     """Multiply-adds of one image, counted by torch, without the classifiers: what R is a ratio of."""
-    images = blank_images(model, 1)
-    with torch.no_grad(), surgery.undisturbed(model), FlopCounterMode(display=False) as counter:
-        model(images)
+    # a copy without gradients, not no_grad, under which torch's counter stops at queries that are parameters
+    probe = copy.deepcopy(model).requires_grad_(False)
+    with FlopCounterMode(display=False) as counter:
+        probe(blank_images(model, 1))
     return counter.get_total_flops() // 2 - head_macs(model)
 
 
@@ -85,6 +87,7 @@ def isomorphic(
     coarse, so what is left over then goes back to hidden units, the least important last.
     """
     shapes = read_shapes(model)
+    _check_library(model)
     check_budget(budget, FlopsCost(shapes), 0.0)
     limit = int(budget * dense_macs(shapes) * (1 + 1e-12))
     gradients = None if batches is None else _gradients(model, batches, loss or cross_entropy)
@@ -102,6 +105,26 @@ def isomorphic(
     if found is None:
         raise ValueError(f"isomorphic: budget={budget:g} cannot be met; Torch-Pruning leaves one group of each kind")
     return _filled(model, high, found, limit, gradients, residual)
+
+
+def _check_library(model: nn.Module) -> None:
+    """Raise `ValueError` for an attention that Torch-Pruning does not follow."""
+    if getattr(model, "attn_pool", None) is not None:
+        raise ValueError(
+            f"isomorphic: {type(model).__name__} pools by an attention of its own, which Torch-Pruning would cut as "
+            "any layer; use kind='magnitude'"
+        )
+    for i, block in enumerate(model.blocks):
+        if type(block.attn) is not Attention:
+            raise ValueError(
+                f"isomorphic: blocks.{i}.attn is {type(block.attn).__name__} of an earlier cut, and Torch-Pruning "
+                "follows timm's Attention alone; use it before that cut"
+            )
+        if not all(isinstance(m, nn.Identity) for m in (block.attn.q_norm, block.attn.k_norm)):
+            raise ValueError(
+                f"isomorphic: blocks.{i} normalises queries and keys, which Torch-Pruning does not follow; use "
+                "kind='magnitude'"
+            )
 
 
 def _filled(model: nn.Module, ratio: float, found: nn.Module, limit: int, gradients, residual: bool) -> nn.Module:

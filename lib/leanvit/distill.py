@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from leanvit import surgery
 from leanvit.evaluate import modes_restored
 
 
@@ -23,7 +24,7 @@ class Distill:
     see `alignment_weights`. The teacher sees the same images in eval mode, gets no gradient and keeps its modes.
 
     Raises `ValueError` for alpha outside [0, 1], tau <= 0, blocks that the teacher does not have, and, when called, for
-    a teacher of other classes, blocks or widths than the student.
+    a teacher of other classes, blocks or widths than the student, or a model without a classifier.
     """
 
     def __init__(
@@ -51,6 +52,9 @@ class Distill:
         student = getattr(model, "module", model)  # of several processes
         if self.blocks and len(getattr(student, "blocks", [])) != len(self.teacher.blocks):
             raise ValueError("Distill: student and teacher differ in their blocks; use blocks=[]")
+        need_classes(student, "Distill")
+        if self.alpha:
+            need_classes(self.teacher, "Distill")
         with self._outputs(student) as ours:
             output = model(images)
         logits, taught = output if isinstance(output, tuple) else (output, output)
@@ -96,6 +100,12 @@ class Distill:
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def need_classes(model: nn.Module, method: str) -> None:
+    """Raise `ValueError` for a model made with num_classes=0, whose features would be taken for logits."""
+    if getattr(model, "num_classes", None) == 0:
+        surgery.need_head(model, method)
 
 
 def alignment_weights(epochs: int, start: float = 0.5, floor: float = 0.01) -> list[float]:

@@ -41,6 +41,8 @@ def export(model: nn.Module, path: str | Path, example: Tensor, *, dynamic_batch
     Args:
         example: images `(B, 3, H, W)`, B >= 2 where `dynamic_batch` (torch takes a batch of 1 for a constant).
 
+    The folder of `path` is made where there is none.
+
     Raises:
         ValueError: another suffix, too small a batch, or a method that is still attached (merge or detach it first).
         ImportError: .onnx without onnx and onnxscript.
@@ -59,10 +61,13 @@ def export(model: nn.Module, path: str | Path, example: Tensor, *, dynamic_batch
     with modes_restored(model), torch.no_grad():
         model.eval()
         if path.suffix == ".pt2":
-            torch.export.save(torch.export.export(model, (example,), dynamic_shapes=shapes), path)
+            program = torch.export.export(model, (example,), dynamic_shapes=shapes)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.export.save(program, path)
             return path
         missing = [p for p in ("onnx", "onnxscript") if importlib.util.find_spec(p) is None]
         if missing:
             raise ImportError(f"export: {path.name} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+        path.parent.mkdir(parents=True, exist_ok=True)
         torch.onnx.export(model, (example,), str(path), dynamo=True, dynamic_shapes=shapes, verbose=False)
     return path

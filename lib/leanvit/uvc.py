@@ -31,6 +31,7 @@ from collections.abc import Iterable, Sized
 import torch
 from torch import Tensor, nn
 
+from leanvit.evaluate import modes_restored
 from leanvit.uvc_budget import magnitude_plan, random_plan
 from leanvit.uvc_cost import LatencyTable, measure_latency
 from leanvit.uvc_faithful import FaithfulSearch
@@ -66,6 +67,8 @@ def search(
 ) -> Plan:
     """Decide what goes; the weights of `model` are trained in place meanwhile, and nothing is cut yet.
 
+    Its modules are in train or eval mode afterwards as they were before.
+
     Args:
         batches: of (images `(B, C, H, W)`, labels `(B,)` or probabilities), gone through again and again: a list or a
             DataLoader, shuffled. The search opens no data set of its own.
@@ -77,8 +80,9 @@ def search(
         history: a list that gets one entry a step (loss, R, z, counts, gates).
 
     Raises:
-        ValueError: a budget below the floor (named), a model that cannot be cut, labels of one class only, settings of
-            the other mode; the model is then unchanged. TypeError: batches that can be gone through only once.
+        ValueError: a budget below the floor (named), a model that cannot be cut, one without a classifier where no
+            loss is given, labels of one class only, settings of the other mode, a warm-up that takes all steps; the
+            model is then unchanged. TypeError: batches that can be gone through only once.
     """
     if mode not in ("corrected", "faithful"):
         raise ValueError(f"search: mode={mode!r} must be corrected or faithful")
@@ -93,17 +97,18 @@ def search(
         steps = _length(batches) if steps is None else steps
         solver = CorrectedSearch(model, budget, steps, loss=loss, settings=settings, latency=latency)
     try:
-        if state is not None:
-            solver.load_state_dict(state)
-        skip = solver.step_number % _length(batches) if isinstance(batches, Sized) else 0
-        while not solver.done:
-            for k, (images, labels) in enumerate(batches):
-                if solver.done:
-                    break
-                if k >= skip:
-                    solver.step(images, labels)
-            skip = 0
-        return solver.plan()
+        with modes_restored(model):
+            if state is not None:
+                solver.load_state_dict(state)
+            skip = solver.step_number % _length(batches) if isinstance(batches, Sized) else 0
+            while not solver.done:
+                for k, (images, labels) in enumerate(batches):
+                    if solver.done:
+                        break
+                    if k >= skip:
+                        solver.step(images, labels)
+                skip = 0
+            return solver.plan()
     finally:
         solver.close()
         if history is not None:
@@ -130,13 +135,15 @@ def _length(batches: Batches) -> int:
 
 
 def _check_batches(batches: Batches) -> None:
-    """At least one batch, and labels of at least two classes in the first pass."""
+    """At least one batch, and labels of at least two classes in the first pass; probabilities count by the largest."""
     if iter(batches) is batches:
         raise TypeError("search: batches can be gone through only once; give a list or a DataLoader")
     first = None
     for _, labels in batches:
         if labels.is_floating_point():
-            return
+            if labels.dim() != 2 or labels.shape[1] < 2 or ((labels.sum(1) - 1).abs() > 1e-2).any():
+                return  # no probabilities: the caller's loss knows what they are
+            labels = labels.argmax(1)
         first = labels.flatten()[0] if first is None else first
         if torch.any(labels != first):
             return

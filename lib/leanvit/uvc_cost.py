@@ -26,6 +26,7 @@ from leanvit.uvc_plan import (
     Shapes,
     attention_macs,
     dense_macs,
+    fixed_macs,
     mlp_macs,
     read_shapes,
     whole_plan,
@@ -40,12 +41,12 @@ class FlopsCost:
 
     def __init__(self, shapes: Shapes, tokens: int | None = None):
         self.shapes, self.tokens = shapes, tokens or shapes.tokens
-        self.fixed, self.dense = shapes.embed_macs, dense_macs(shapes)
+        self.fixed, self.dense = fixed_macs(shapes, self.tokens), dense_macs(shapes)
 
     def attention(self, block: int, heads: int, width: int) -> float:
         """Of `heads` heads of `width` value dimensions each."""
         shape = self.shapes.blocks[block]
-        kept = BlockShape(heads, shape.head_dim, (width,) * heads, 0)
+        kept = BlockShape(heads, shape.head_dim, (width,) * heads, 0, padded=shape.padded)
         return attention_macs(kept, self.shapes.width, self.tokens)
 
     def mlp(self, block: int, units: int) -> float:
@@ -62,7 +63,7 @@ class LatencyTable:
     """Milliseconds of one block's attention and MLP, with its norms, at some sizes, and of all the rest of the model.
 
     A model's time is taken as `rest + sum(attention + mlp)`, in between linear. Plain data with a JSON form; it holds
-    for the machine, threads, batch and dtype it was measured with (`about`).
+    for the model, machine, threads, batch and dtype it was measured with (`about`).
     """
 
     heads: tuple[int, ...]
@@ -87,6 +88,12 @@ class LatencyCost:
     name = "latency"
 
     def __init__(self, shapes: Shapes, table: LatencyTable):
+        for name, ours in _size(shapes).items():
+            if table.about.get(name, ours) != ours:
+                raise ValueError(
+                    f"the latency table is of a model of {name} {table.about[name]}; this one has {ours}: measure it "
+                    "on this model"
+                )
         for i, shape in enumerate(shapes.blocks):
             if shape.heads > table.heads[-1] or shape.hidden > table.units[-1]:
                 raise ValueError(
@@ -112,6 +119,11 @@ class LatencyCost:
             mlp = _interpolate(self.table.units, self.table.mlp_ms, b.hidden - ceil_through(s[i, 1]))
             total = total + run[i] * (attention + mlp)
         return total / self.dense
+
+
+def _size(shapes: Shapes) -> dict[str, int]:
+    """What a model must share with the one that a table was measured on."""
+    return {"width": shapes.width, "tokens": shapes.tokens, "depth": len(shapes.blocks)}
 
 
 def _interpolate(xs: Sequence[int], ys: Sequence[float], x: Tensor) -> Tensor:
@@ -176,6 +188,7 @@ def measure_latency(
     rest = max(0.0, times["model"] - len(shapes.blocks) * (attention[-1] + mlp[-1]))
     about = {
         "architecture": shapes.architecture or shapes.model,
+        **_size(shapes),
         "batch": len(images),
         "dtype": str(images.dtype).removeprefix("torch."),
         "device": device.type,

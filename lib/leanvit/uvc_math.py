@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from leanvit.comcat_modules import FactoredLinear
-from leanvit.uvc_plan import Shapes, dense_macs
+from leanvit.uvc_plan import Shapes, dense_macs, fixed_macs
 
 TAU = 0.5  # temperature of the block gates
 
@@ -129,10 +129,11 @@ def flops_ratio(shapes: Shapes, s: Tensor, r: Tensor, dead: Tensor, run: Tensor,
         s: `(L, 2)` heads and hidden units to remove, real numbers.
         r: `(L, most heads)` value dimensions to remove in each head; those of `dead` heads do not count.
         run: `(L,)` weights of the blocks in [0, 1].
-        paper: the authors' R, which leaves the V rows of removed dimensions in; else exactly what slicing leaves.
+        paper: the authors' R, which leaves the V rows of removed dimensions in; else exactly what slicing leaves (of
+            a padded block, where its heads are left equally wide, which the corrected solver's finish sees to).
         tokens: in the blocks.
     """
-    total = torch.as_tensor(float(shapes.embed_macs), dtype=s.dtype)
+    total = torch.as_tensor(float(fixed_macs(shapes, tokens)), dtype=s.dtype)
     squared = tokens * shapes.width
     for i, b in enumerate(shapes.blocks):
         heads, units = ceil_through(s[i, 0]), ceil_through(s[i, 1])
@@ -145,7 +146,11 @@ def flops_ratio(shapes: Shapes, s: Tensor, r: Tensor, dead: Tensor, run: Tensor,
         left = sum(b.values) - gone - cut  # value dimensions
         rows = left + cut if paper else left  # of V
         keys = (b.heads - heads) * b.head_dim
-        attention = keys * (2 * squared + tokens**2) + rows * squared + left * (tokens**2 + squared)
+        if b.padded:
+            wide = torch.maximum(keys, left)
+            attention = (2 * keys + rows + left) * squared + 2 * wide * tokens**2
+        else:
+            attention = keys * (2 * squared + tokens**2) + rows * squared + left * (tokens**2 + squared)
         kept = b.hidden - units
         mlp = sum(squared * kept if rank is None else tokens * rank * (shapes.width + kept) for rank in b.mlp_ranks)
         total = total + run[i] * (attention + mlp)

@@ -66,16 +66,30 @@ class SlicedAttention(nn.Module):
 
 
 class KeepPatches(nn.Module):
-    """Takes the kept patch tokens (their position embeddings are added by then) out of `(B, prefix + n, C)`."""
+    """Takes the kept patch tokens (their position embeddings are added by then) out of `(B, prefix + n, C)`.
 
-    def __init__(self, keep: Sequence[int], prefix: int):
+    `tokens`: prefix + n, those of the grid on which the patches were chosen; any other number is a `ValueError`.
+    """
+
+    def __init__(self, keep: Sequence[int], prefix: int, tokens: int | None = None):
         super().__init__()
-        self.uvc_keep = tuple(keep)
+        self.uvc_keep, self.tokens = tuple(keep), tokens
         index = torch.tensor([*range(prefix), *(prefix + k for k in keep)])
         self.register_buffer("index", index, persistent=False)  # the plan holds it
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.tokens is not None:
+            check_grid(x, self.tokens)
         return x.index_select(1, self.index)
 
     def extra_repr(self) -> str:
         return f"{len(self.uvc_keep)} patches"
+
+
+def check_grid(x: Tensor, tokens: int) -> None:
+    """Raise `ValueError` where `x (B, N, C)` has another number of tokens than the grid that patches were chosen on."""
+    if x.shape[1] != tokens:
+        raise ValueError(
+            f"KeepPatches: tokens={x.shape[1]} must be {tokens}, those of the grid that the plan was made for; patches "
+            "are kept by their places, so give images of that size"
+        )

@@ -5,8 +5,10 @@ width D on N tokens, with heads of d query and key dimensions and v_i value dime
 
     sum_i ( 2 N D d + N^2 d + v_i (2 N D + N^2) )  +  2 N D H
 
-The classifier, norms, biases, softmax and activations are not counted, as in the authors' code. R = MACs / M0 is the
-part of the dense model's. The authors' own R leaves the V rows of a removed head dimension in (`paper_macs`).
+Heads that ComCAT has factored are padded to the wider of d and v_i in both N^2 terms. An attention pooling of timm's
+(SigLIP's) is counted as well. The classifier, norms, biases, softmax and activations are not, as in the authors' code.
+R = MACs / M0 is the part of the dense model's. The authors' own R leaves the V rows of a removed head dimension in
+(`paper_macs`).
 """
 
 import json
@@ -15,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from timm.layers import Mlp
+from timm.layers import AttentionPoolLatent, Mlp
 from timm.layers.attention import Attention
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -32,7 +34,8 @@ FORMAT = 1  # of a plan's JSON
 class BlockShape:
     """One block: heads of `head_dim` query and key dimensions, the value dimensions of each head, hidden units.
 
-    `mlp_ranks`: the ranks of fc1 and fc2 where ComCAT has factored them, None where they are dense.
+    `mlp_ranks`: the ranks of fc1 and fc2 where ComCAT has factored them, None where they are dense. `padded`: the fused
+    product runs at the wider of `head_dim` and the values, as in a `FactoredAttention`.
     """
 
     heads: int
@@ -40,11 +43,16 @@ class BlockShape:
     values: tuple[int, ...]
     hidden: int
     mlp_ranks: tuple[int | None, int | None] = (None, None)
+    padded: bool = False
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """A flat vision transformer as UVC sees it. `embed_macs` are those of the patch embedding of one image."""
+    """A flat vision transformer as UVC sees it.
+
+    `embed_macs` are those of the patch embedding of one image; an attention pooling takes `pool_macs[0] + pool_macs[1]
+    N` on N tokens.
+    """
 
     model: str  # its class
     architecture: str | None  # timm's name of it
@@ -53,13 +61,21 @@ class Shapes:
     patches: int
     embed_macs: int
     blocks: tuple[BlockShape, ...]
+    pool_macs: tuple[int, int] = (0, 0)
 
     @property
     def tokens(self) -> int:
         return self.prefix + self.patches
 
     def to_dict(self) -> dict[str, Any]:
-        return json.loads(json.dumps(asdict(self)))
+        data = json.loads(json.dumps(asdict(self)))
+        # what stock models do not have is left out, so that their plans' texts stay what they were
+        if not any(self.pool_macs):
+            del data["pool_macs"]
+        for block in data["blocks"]:
+            if not block["padded"]:
+                del block["padded"]
+        return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Shapes":
@@ -67,7 +83,7 @@ class Shapes:
             BlockShape(**{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in b.items()})
             for b in data["blocks"]
         )
-        return cls(**{**data, "blocks": blocks})
+        return cls(**{**data, "blocks": blocks, "pool_macs": tuple(data.get("pool_macs", (0, 0)))})
 
 
 @dataclass(frozen=True)
@@ -104,7 +120,8 @@ class Plan:
     def macs(self) -> int:
         """Multiply-adds of one image of the sliced model, without the classifier: exactly what torch counts / 2."""
         blocks = [_kept_shape(s, b) for s, b in zip(self.shapes.blocks, self.blocks, strict=True) if b is not None]
-        return self.shapes.embed_macs + sum(block_macs(b, self.shapes.width, self.tokens) for b in blocks)
+        fixed = fixed_macs(self.shapes, self.tokens)
+        return fixed + sum(block_macs(b, self.shapes.width, self.tokens) for b in blocks)
 
     def paper_macs(self) -> int:
         """The same as the authors' R counts it: the V rows of removed dimensions of kept heads stay in."""
@@ -194,6 +211,10 @@ def _problem(plan: Plan) -> str | None:
 
 def attention_macs(shape: BlockShape, width: int, tokens: int) -> int:
     """Multiply-adds of the attention of one image: qkv, the two products, projection."""
+    if shape.padded:
+        wide = sum(max(shape.head_dim, v) for v in shape.values)
+        rows = 2 * shape.heads * shape.head_dim + 2 * sum(shape.values)
+        return tokens * width * rows + 2 * tokens**2 * wide
     per_head = 2 * tokens * width * shape.head_dim + tokens**2 * shape.head_dim
     return shape.heads * per_head + sum(shape.values) * (2 * tokens * width + tokens**2)
 
@@ -208,9 +229,15 @@ def block_macs(shape: BlockShape, width: int, tokens: int) -> int:
     return attention_macs(shape, width, tokens) + mlp_macs(shape, width, tokens)
 
 
+def fixed_macs(shapes: Shapes, tokens: int) -> int:
+    """Multiply-adds of one image outside of the blocks: patch embedding and attention pooling of so many tokens."""
+    return shapes.embed_macs + shapes.pool_macs[0] + shapes.pool_macs[1] * tokens
+
+
 def dense_macs(shapes: Shapes) -> int:
     """M0: multiply-adds of one image of the model as it is, without the classifier."""
-    return shapes.embed_macs + sum(block_macs(b, shapes.width, shapes.tokens) for b in shapes.blocks)
+    blocks = sum(block_macs(b, shapes.width, shapes.tokens) for b in shapes.blocks)
+    return fixed_macs(shapes, shapes.tokens) + blocks
 
 
 def head_macs(model: nn.Module) -> int:
@@ -221,7 +248,9 @@ def head_macs(model: nn.Module) -> int:
 
 def _kept_shape(shape: BlockShape, block: BlockPlan) -> BlockShape:
     values = tuple(len(v) for v in block.values)
-    return BlockShape(len(block.heads), shape.head_dim, values, len(block.units), shape.mlp_ranks)
+    # uneven heads are computed run by run (SlicedAttention), without padding
+    padded = shape.padded and len(set(values)) == 1
+    return BlockShape(len(block.heads), shape.head_dim, values, len(block.units), shape.mlp_ranks, padded)
 
 
 # --- reading a model -------------------------------------------------------------------------------------------------
@@ -264,7 +293,8 @@ def value_dims(attn: nn.Module) -> tuple[int, ...]:
 def _shape(block: nn.Module) -> BlockShape:
     attn, mlp = block.attn, block.mlp
     ranks = tuple(layer.rank if type(layer) is FactoredLinear else None for layer in (mlp.fc1, mlp.fc2))
-    return BlockShape(attn.num_heads, attn.head_dim, value_dims(attn), mlp.fc1.out_features, ranks)
+    padded = type(attn) is FactoredAttention
+    return BlockShape(attn.num_heads, attn.head_dim, value_dims(attn), mlp.fc1.out_features, ranks, padded)
 
 
 def embed_macs(model: nn.Module) -> int:
@@ -273,6 +303,25 @@ def embed_macs(model: nn.Module) -> int:
     with torch.no_grad(), surgery.undisturbed(model), FlopCounterMode(display=False) as counter:
         model.patch_embed(images)
     return counter.get_total_flops() // 2
+
+
+def pool_macs(model: nn.Module) -> tuple[int, int]:
+    """`(a, b)`: timm's attention pooling takes a + b N multiply-adds an image, with N tokens in the blocks.
+
+    a is negative where much of the prefix is left out of the pooling.
+
+    Raises `ValueError` for another pooling with layers of its own.
+    """
+    pool = getattr(model, "attn_pool", None)
+    if pool is None:
+        return 0, 0
+    if type(pool) is not AttentionPoolLatent:
+        raise ValueError(f"UVC counts timm's AttentionPoolLatent; attn_pool is {type(pool).__name__}")
+    width, latents = pool.num_heads * pool.head_dim, pool.latent_len
+    whole, kv = (sum(m.weight.numel() for m in part.modules() if isinstance(m, nn.Linear)) for part in (pool, pool.kv))
+    each = kv + 2 * latents * width
+    unseen = 0 if getattr(model, "pool_include_prefix", False) else getattr(model, "num_prefix_tokens", 0)
+    return latents * (whole - kv) - unseen * each, each
 
 
 def read_shapes(model: nn.Module) -> Shapes:
@@ -301,6 +350,7 @@ def read_shapes(model: nn.Module) -> Shapes:
         patches if kept is None else len(kept),
         embed_macs(model),
         seen,
+        pool_macs(model),
     )
 
 

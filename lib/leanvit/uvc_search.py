@@ -82,6 +82,11 @@ class CorrectedSearch(Trainer):
         self.z, self.gate_momentum = torch.zeros(1), torch.zeros(depth)
         self.warmup_steps = round(c.warmup * self.steps)
         after = self.steps - self.warmup_steps
+        if after < 1:
+            raise ValueError(
+                f"search: steps={self.steps} must be more than the warm-up takes ({self.warmup_steps}, "
+                f"warmup={c.warmup}); use more steps or a shorter warm-up"
+            )
         self.settle_step = self.warmup_steps + max(1, round(c.ramp * after))
         self.control = BudgetControl(self.budget, after, c.ramp, c.z_integral / self.steps, c.z_proportional, c.z_limit)
         self.whole = torch.tensor([[b.heads, b.hidden] for b in shapes.blocks], dtype=torch.float32)
@@ -93,8 +98,8 @@ class CorrectedSearch(Trainer):
         self.saliency = torch.zeros(shapes.patches)
         self.importance = torch.zeros(depth, sum(widths(shapes)))  # running mean, see uvc_importance
         self.seen = torch.zeros(depth)  # steps that are in it
-        # which patches matter is measured in the first tenth, then they go
-        self.patch_steps = 0 if c.keep_patches is None else max(1, round(0.1 * self.steps))
+        # which patches matter is measured in the first tenth, then they go; the plan must know which
+        self.patch_steps = 0 if c.keep_patches is None else min(max(1, round(0.1 * self.steps)), self.settle_step)
         self.refresh()
 
     def _check_patches(self, model: nn.Module) -> None:
@@ -381,7 +386,10 @@ class CorrectedSearch(Trainer):
 
     def load_extra_state(self, state: dict) -> None:
         self.control.integral = state["integral"]
-        self.hooks.patch_gate = None
+        # this search may be further on than the state
+        self.found, self.patches, self.cost = None, None, self._cost(self.shapes.tokens)
+        self.hooks.patch_gate = self.hooks.keep = self.hooks.gates = None
+        self.hooks.masks = {}
         if state["patches"] is not None:
             self.patches = tuple(state["patches"])
             self.hooks.keep, self.cost = torch.tensor(self.patches), self.final_cost

@@ -93,7 +93,8 @@ def check_fits(plan: Plan, shapes: Shapes) -> None:
     if len(theirs["blocks"]) != len(ours["blocks"]):
         raise ValueError(f"this plan is for {len(theirs['blocks'])} blocks; this model has {len(ours['blocks'])}")
     for i, (a, b) in enumerate(zip(theirs["blocks"], ours["blocks"], strict=True)):
-        name = next((n for n in a if a[n] != b[n]), None)
+        # a plan of before the padding was counted does not know of it
+        name = next((n for n in a if n != "padded" and a[n] != b[n]), None)
         if name is not None:
             raise ValueError(f"this plan is for a block {i} of {name} {a[name]}; this model's has {b[name]}")
 
@@ -164,8 +165,10 @@ def _keeper(model: nn.Module, plan: Plan, shapes: Shapes) -> KeepPatches | None:
             f"patches go where {type(model).__name__} drops patches at random (patch_drop), "
             f"which must be there and off; it is {type(now).__name__}"
         )
-    keep = plan.patches if isinstance(now, nn.Identity) else [now.uvc_keep[i] for i in plan.patches]
-    return KeepPatches(keep, shapes.prefix).to(next(model.parameters()).device)
+    keep, tokens = plan.patches, shapes.tokens
+    if isinstance(now, KeepPatches):
+        keep, tokens = [now.uvc_keep[i] for i in plan.patches], now.tokens
+    return KeepPatches(keep, shapes.prefix, tokens).to(next(model.parameters()).device)
 
 
 def _keep_blocks(model: nn.Module, kept: list[int]) -> None:

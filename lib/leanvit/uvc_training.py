@@ -5,6 +5,7 @@ nothing behind. In eval mode the gates are what would be exported (1 where the l
 nothing. With several processes (torch.distributed) the gradients are averaged, and what is decided on rank 0 holds.
 """
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -13,10 +14,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from leanvit import surgery
 from leanvit.checkpoint import TrainingDiverged
 from leanvit.evaluate import device_of
 from leanvit.train import mix_seed
 from leanvit.uvc_math import Norms, group_norms
+from leanvit.uvc_modules import check_grid
 from leanvit.uvc_plan import Plan, read_shapes
 from leanvit.uvc_slicing import value_columns
 
@@ -25,20 +28,26 @@ Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 def cross_entropy(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """The loss where the caller gives none; labels are whole numbers `(B,)` or probabilities `(B, classes)`."""
-    return F.cross_entropy(model(images).float(), labels)
+    output = model(images)
+    if isinstance(output, (tuple, list)):
+        raise ValueError(
+            f"search: {type(model).__name__} gives {len(output)} outputs in training, and cross-entropy takes one; "
+            "give loss=distill.Distill(teacher), or call model.set_distilled_training(False)"
+        )
+    return F.cross_entropy(output.float(), labels)
 
 
 class Hooks:
     """Gates around blocks, masks in front of the projections, and a hold on the patch tokens of one model."""
 
-    def __init__(self, model: nn.Module, prefix: int):
+    def __init__(self, model: nn.Module, prefix: int, patches: int):
         self.gates: Tensor | None = None  # (L,) run weights in training mode
         self.exported: Tensor | None = None  # (L,) zeros and ones in eval mode
         self.masks: dict[tuple[int, str], Tensor] = {}
         self.probes: dict[tuple[int, str], Tensor] | None = None  # ones (B, 1, width), filled by a forward in training
         self.patch_gate: Tensor | None = None  # (n,) in training mode
         self.keep: Tensor | None = None  # kept patch positions, in both modes
-        self.prefix = prefix
+        self.prefix, self.patches = prefix, patches
         self.handles = []
         for i, block in enumerate(model.blocks):
             self.handles.append(block.register_forward_hook(self._gate(i)))
@@ -69,10 +78,12 @@ class Hooks:
     def _patches(self) -> Callable:
         def hook(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
             if self.keep is not None:
+                check_grid(output, self.prefix + self.patches)
                 prefix = torch.arange(self.prefix, device=output.device)
                 return output.index_select(1, torch.cat([prefix, self.prefix + self.keep.to(output.device)]))
             if self.patch_gate is None or not module.training:
                 return None
+            check_grid(output, self.prefix + self.patches)
             ones = self.patch_gate.new_ones(self.prefix)
             return output * torch.cat([ones, self.patch_gate])[None, :, None].to(output.dtype)
 
@@ -137,6 +148,8 @@ class Trainer:
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"search: steps={steps!r} must be a whole number of at least 1")
         self.shapes = read_shapes(model)
+        if loss is None and hasattr(model, "get_classifier"):
+            surgery.need_head(model, "search")
         group_norms(model, self.shapes)  # refuses weights that are not finite
         self.model, self.steps, self.loss, self.seed = model, steps, loss or cross_entropy, seed
         self.lr, self.clip, self.lr_warmup = lr, clip, lr_warmup
@@ -149,7 +162,7 @@ class Trainer:
         agree_(weights, self.device)
         self.logits = self.first_logits()
         self.optimizer = torch.optim.AdamW(self.optimized(), lr=lr, weight_decay=weight_decay)
-        self.hooks = Hooks(model, self.shapes.prefix)
+        self.hooks = Hooks(model, self.shapes.prefix, self.shapes.patches)
 
     # --- for subclasses
 
@@ -267,7 +280,7 @@ class Trainer:
             "identity": self.identity(),
             "step": self.step_number,
             "variables": variables,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),  # torch's are the moments themselves
             "model": weights,
             "history": list(self.history),
             **self.extra_state(),
@@ -285,7 +298,7 @@ class Trainer:
                     f"load_state_dict: {name} was {theirs.get(name)!r} in that search; here it is {value!r}"
                 )
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # torch keeps the tensors it is given
         self.step_number, self.history = state["step"], list(state["history"])
         with torch.no_grad():
             for name, value in self.variables().items():
