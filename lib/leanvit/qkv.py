@@ -39,11 +39,8 @@ class Rows:
 
 def _widths(attention: nn.Module, rows: int) -> list[int] | None:
     """How many rows of a fused qkv are queries, keys and values; None where they are not one after the other."""
-    if hasattr(attention, "widths"):  # ComCAT's factored heads
+    if hasattr(attention, "widths"):  # heads factored by ComCAT or sliced by UVC
         return list(attention.widths)
-    if isinstance(getattr(attention, "values", None), tuple):  # UVC's sliced heads
-        own = sum(attention.values)
-        return [(rows - own) // 2, (rows - own) // 2, own]
     # EfficientFormer and TinyViT (key_dim) and MaxViT (head_first) lay q, k and v out head by head; GCViT's global
     # attention has no q of its own
     other = hasattr(attention, "key_dim") or any(getattr(attention, a, False) for a in ("head_first", "use_global"))

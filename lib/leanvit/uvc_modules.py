@@ -23,6 +23,12 @@ class SlicedAttention(nn.Module):
         self.attn_drop, self.proj_drop = attn.attn_drop, attn.proj_drop
         self.training = attn.training
 
+    @property
+    def widths(self) -> list[int]:
+        """Rows of `qkv` that are queries, keys and values."""
+        inner = self.num_heads * self.head_dim
+        return [inner, inner, sum(self.values)]
+
     def runs(self) -> list[tuple[int, int, int]]:
         """`(first head, heads, width)` of each run of neighbouring heads of equal width."""
         runs: list[tuple[int, int, int]] = []
@@ -35,8 +41,7 @@ class SlicedAttention(nn.Module):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         images, tokens, _ = x.shape
-        inner = self.num_heads * self.head_dim
-        q, k, v = self.qkv(x).split([inner, inner, sum(self.values)], dim=-1)
+        q, k, v = self.qkv(x).split(self.widths, dim=-1)
         q, k = (t.reshape(images, tokens, self.num_heads, self.head_dim).transpose(1, 2) for t in (q, k))
         q, k = self.q_norm(q), self.k_norm(k)
         if attn_mask is not None and attn_mask.dim() == 4 and attn_mask.shape[1] > 1:
