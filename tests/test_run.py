@@ -1,18 +1,25 @@
 """The runner: parameters checked first, one process a run, fresh results skipped, nothing lost by kill or Ctrl-C."""
 
+import base64
 import errno
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
+import numpy as np
 import psutil
 import pytest
 from conftest import PARAMETERS
+from PIL import Image
 
-from leanvit import params, pool, record, run
+from leanvit import params, plots, pool, record, run, worker
 
 CELL = "lr: float = 1e-3  # learning rate [> 0]\nfactor: float | None = None\nshots: list[int] = [5, 20]  # [1..64]"
 
@@ -346,7 +353,7 @@ def test_a_notebook_that_measures_time_runs_alone(repository):
         repository.notebook(name, **metadata)
         repository.params(name)
     jobs = [run.plan(repository.root, file) for file in run.parameter_files(repository.root)]
-    log = []
+    log, given = [], {}
 
     class Pretend:
         seconds = 0.0
@@ -354,6 +361,7 @@ def test_a_notebook_that_measures_time_runs_alone(repository):
         def __init__(self, root, job, threads):
             self.name, self.polls = job.name, 0
             log.append(("start", self.name))
+            given[self.name] = threads
 
         def poll(self):
             self.polls += 1
@@ -363,8 +371,47 @@ def test_a_notebook_that_measures_time_runs_alone(repository):
             return 1
 
     pool.execute(repository.root, [(job, "missing") for job in jobs], at_once=2, threads=1, launch=Pretend)
+    assert given == {"1_a": 1, "3_c": 1, "2_b": 2}  # alone, it has the cores of all
     assert log[:2] == [("start", "1_a"), ("start", "3_c")]
     assert log[-2:] == [("start", "2_b"), ("end", "2_b")]
+
+
+def test_figures_of_an_executed_notebook_are_stored_with_a_palette():
+    def png(image):
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        return base64.b64encode(file.getvalue()).decode() + "\n"
+
+    def pixels(text):
+        return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB")).astype(int)
+
+    fig, ax = plots.figure(width=4, height=3)
+    for k in range(8):
+        ax.plot(np.sin(np.linspace(0, 9, 50) + k), label=f"curve {k}")
+    ax.legend()
+    file = io.BytesIO()
+    fig.savefig(file)
+    plt.close(fig)
+    full = base64.b64encode(file.getvalue()).decode() + "\n"
+    small = worker._with_palette(full)
+    assert len(small) < 0.5 * len(full)
+    assert small == worker._with_palette(full)  # the same bytes every time
+    assert np.abs(pixels(small) - pixels(full)).mean() < 0.5  # of 255
+    see_through = png(Image.new("RGBA", (50, 50), (0, 0, 0, 0)))
+    assert worker._with_palette(see_through) == see_through  # a palette has no shades of transparency
+    tiny = png(Image.new("RGB", (1, 1)))
+    assert len(worker._with_palette(tiny)) <= len(tiny)  # never larger
+
+
+@pytest.mark.parametrize(
+    ("cores", "jobs", "asked", "at_once", "threads"),
+    [(2, 8, None, 2, 1), (1, 8, None, 1, 1), (16, 8, None, 8, 2), (2, 1, None, 1, 2), (8, 8, 2, 2, 4)],
+)
+def test_one_run_a_core(monkeypatch, cores, jobs, asked, at_once, threads):
+    monkeypatch.setattr(record, "cores", lambda: cores)
+    job = SimpleNamespace(tier="embedded")
+    options = SimpleNamespace(cluster=None, jobs=asked)
+    assert run._place(Path(), [job] * jobs, options)[1:3] == (at_once, threads)
 
 
 def test_a_damaged_result_is_not_fresh(repository):

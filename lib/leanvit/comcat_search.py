@@ -19,10 +19,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace as changed
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leanvit import surgery
+from leanvit import several, surgery
 from leanvit.comcat_calibrate import Statistics
 from leanvit.comcat_factors import Spectrum
 from leanvit.comcat_plan import Part, Plan
@@ -40,15 +39,10 @@ from leanvit.comcat_ranks import (
 from leanvit.comcat_recut import Ranks, Recut, current_ranks, settled
 from leanvit.comcat_schedule import Schedule, penalised, temperature
 from leanvit.comcat_supernet import Supernet, coverage, swapped
-from leanvit.distill import need_classes
+from leanvit.distill import cross_entropy, need_classes
 from leanvit.evaluate import device_of, modes_restored
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
-
-
-def cross_entropy(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """The loss of the search: plain cross-entropy."""
-    return F.cross_entropy(model(images), labels)
 
 
 class RankSearch:
@@ -100,6 +94,7 @@ class RankSearch:
         if self.faithful and not (statistics is None and weights is None):
             raise ValueError("RankSearch: the faithful mode uses plain singular values; leave statistics, weights out")
         check_budget(budget)
+        several.agree_on_weights_(model)
         lr = (0.01 if self.faithful else 0.1) if lr is None else lr
         self.recut = Recut(model, mode, statistics)
         self.parts = self.recut.parts
@@ -146,17 +141,17 @@ class RankSearch:
         return temperature(self.searches if self.faithful else self.epoch, self.epochs)
 
     def sample(self) -> list[Tensor]:
-        """One Gumbel-softmax sample of the candidates' weights, a tensor a part."""
+        """One Gumbel-softmax sample of the candidates' weights p, a tensor `(candidates,)` a part."""
         noise = [-torch.empty_like(a).exponential_(generator=self.generator).log() for a in self.alphas]
         return [((a + g) / self.tau).softmax(0) for a, g in zip(self.alphas, noise, strict=True)]
 
     def size(self, weights: list[Tensor]) -> Tensor:
-        """The expected number of weights for candidates' weights p, linear in each p."""
+        """The expected number of weights `()` for candidates' weights p `(candidates,)` a part, linear in each p."""
         pairs = zip(self.parts, weights, strict=True)
         return torch.stack([p @ self._sizes[part.name].to(p.dtype) for part, p in pairs]).sum()
 
     def expected(self) -> list[Tensor]:
-        """The candidates' weights without noise."""
+        """The candidates' weights `(candidates,)` a part without noise."""
         return [(a / self.tau).softmax(0) for a in self.alphas]
 
     def due(self, epoch: int) -> bool:
@@ -182,22 +177,27 @@ class RankSearch:
         cover = [coverage(self.candidates[p.name], plan.ranks[p.name]) for p in self.parts]
         devices = [device] if device.type == "cuda" else []
         with surgery.undisturbed(self.model), modes_restored(self.model), torch.random.fork_rng(devices=devices):
-            torch.manual_seed(int(torch.randint(2**31, (), generator=self.generator)))  # drop path, dropout
+            drawn = int(torch.randint(2**31, (), generator=self.generator))
+            torch.manual_seed(drawn + several.rank())  # drop path, dropout
             with swapped(self.model, net.modules):
                 self.model.train(self.faithful)
                 for images, labels in batches:
                     p = self.sample()
                     net.masks = {q.name: (c @ w).to(device) for q, c, w in zip(self.parts, cover, p, strict=True)}
+                    seen += labels.tolist() if labels.dim() == 1 else []
+                    images, labels = several.share(images, labels)
                     value = loss(self.model, images.to(device), labels.to(device))
                     size = self.size(p if self.faithful else self.expected())
-                    if not torch.isfinite(value):
-                        self._put_learned(before)
-                        raise ValueError(f"RankSearch: the loss of step {len(losses)} of epoch {epoch} is {value:g}")
                     self.optimizer.zero_grad()
                     penalised(value.cpu(), size, self.budget, self.beta, self.always).backward()
+                    mean = value.detach().float().reshape(1)
+                    several.average_([*(a.grad for a in self.alphas if a.grad is not None), mean], device)
+                    if not torch.isfinite(mean):
+                        self._put_learned(before)
+                        told = f"the loss of step {len(losses)} of epoch {epoch} is {float(mean):g}"
+                        raise ValueError(f"RankSearch: {told}")
                     self.optimizer.step()
-                    losses.append(float(value.detach()))
-                    seen += labels.tolist() if labels.dim() == 1 else []
+                    losses.append(float(mean))
         try:
             _check_set(len(losses), seen, self.faithful)
         except ValueError:
@@ -242,6 +242,7 @@ class RankSearch:
         """Cut the model to the ranks of the last search. True where modules were replaced: then make a new optimiser.
 
         Corrected: only what changes is replaced. Faithful: everything is factored anew, always.
+        Raises `ValueError` when nothing was searched yet.
         """
         if not self.log:
             raise ValueError("RankSearch: nothing was searched yet")
@@ -370,6 +371,7 @@ def search(
 
     Args:
         batches: (images, labels) of the search set, gone through at every search; or `batches(epoch)` that gives them.
+            Each of several processes takes its part of every batch (see `several`).
         train: `train(model, epoch, renewed)` trains the weights for one epoch; `renewed` says that modules were
             replaced, so that the optimiser must be new. The model is then cut in place as the search goes. Without
             it the model stays as it is, and `comcat.apply(model, plan)` cuts it.
@@ -381,6 +383,16 @@ def search(
 
     Raises `ValueError` as `RankSearch` does, and where no epoch searches and the model is above the budget. A list of
     batches is looked at first; the model is then as it was.
+
+    >>> import torch
+    >>> from leanvit import comcat, models
+    >>> model = models.create("embedded_vit", depth=1)
+    >>> budget = comcat.authors_budget(model, 0.5)  # half of the weights of the layers
+    >>> batches = [(torch.rand(2, 3, 32, 32), torch.tensor([0, 1]))]
+    >>> plan = comcat.search(model, batches, budget, epochs=1, schedule=comcat.Schedule(first=0))
+    >>> 0.99 * budget < plan.about["weights"] <= budget
+    True
+    >>> report = comcat.apply(model, plan)
     """
     if loss is cross_entropy:
         need_classes(model, "search")

@@ -22,14 +22,15 @@ from timm.layers.attention import Attention
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from leanvit import surgery
+from leanvit import extras, surgery
+from leanvit.distill import cross_entropy
 from leanvit.evaluate import device_of
 from leanvit.sites import blank_images
 from leanvit.uvc_budget import check_budget, magnitude_plan, random_plan
 from leanvit.uvc_cost import FlopsCost
 from leanvit.uvc_plan import dense_macs, head_macs, read_shapes
 from leanvit.uvc_slicing import apply
-from leanvit.uvc_training import Loss, cross_entropy
+from leanvit.uvc_training import Loss
 
 KINDS = ("random", "magnitude", "isomorphic", "isomorphic_narrow")
 HALVINGS = 8  # of the interval of ratios: 1/256 of each kind of group
@@ -50,7 +51,8 @@ def cut(
         model: a timm vision transformer with a flat list of blocks; it stays as it is.
         kind: one of `KINDS`.
         seed: of "random".
-        batches, loss: for the Taylor terms of the isomorphic kinds; cross-entropy by default.
+        batches, loss: for the Taylor terms of the isomorphic kinds: images `(B, 3, H, W)` and labels `(B,)`;
+            cross-entropy by default.
 
     Raises `ValueError`: a kind that is none, a budget that cannot be met, a model that cannot be cut.
     """
@@ -84,9 +86,11 @@ def isomorphic(
     """Torch-Pruning's isomorphic pruning to a budget; see `cut`.
 
     One ratio for every kind of group is found by bisection, so that the model just meets the budget; heads are few and
-    coarse, so what is left over then goes back to hidden units, the least important last.
+    coarse, so what is left over then goes back to hidden units, the least important last. `batches` of images
+    `(B, 3, H, W)` and labels `(B,)`. Raises `ValueError` as `cut`, and for batches that are empty.
     """
     shapes = read_shapes(model)
+    extras.need("isomorphic pruning", "peers", "torch_pruning")
     _check_library(model)
     check_budget(budget, FlopsCost(shapes), 0.0)
     limit = int(budget * dense_macs(shapes) * (1 + 1e-12))
@@ -103,7 +107,10 @@ def isomorphic(
     if budget == 1:
         return copy.deepcopy(model)
     if found is None:
-        raise ValueError(f"isomorphic: budget={budget:g} cannot be met; Torch-Pruning leaves one group of each kind")
+        least = macs(trial) / dense_macs(shapes)
+        raise ValueError(
+            f"isomorphic: budget={budget:g} cannot be met: Torch-Pruning leaves one group of each kind, {least:.4f}"
+        )
     return _filled(model, high, found, limit, gradients, residual)
 
 

@@ -25,7 +25,12 @@ except ImportError:  # Windows
 
 
 def parameters(model: nn.Module) -> dict[str, int]:
-    """`{"trainable", "total", "bytes"}`: counts, and the bytes that all parameters take."""
+    """`{"trainable", "total", "bytes"}`: counts, and the bytes that all parameters take.
+
+    >>> from leanvit import cost, models
+    >>> cost.parameters(models.create("embedded_vit"))
+    {'trainable': 683242, 'total': 683242, 'bytes': 2732968}
+    """
     trainable, total = surgery.count(model)
     return {
         "trainable": trainable,
@@ -35,7 +40,13 @@ def parameters(model: nn.Module) -> dict[str, int]:
 
 
 def training_flops(model: nn.Module, x: Tensor) -> dict[str, int]:
-    """`{"forward", "backward"}` FLOPs of one training step on `x: (B, 3, H, W)`, all products, no optimiser."""
+    """`{"forward", "backward"}` FLOPs of one training step on `x: (B, 3, H, W)`, all products, no optimiser.
+
+    >>> import torch
+    >>> from leanvit import cost
+    >>> cost.training_flops(torch.nn.Linear(96, 10), torch.rand(4, 96))  # 2 x 4 x 96 x 10; the input needs no gradient
+    {'forward': 7680, 'backward': 7680}
+    """
     with surgery.undisturbed(model), FlopCounterMode(display=False) as counter:
         loss = model(x).float().sum()
         forward = counter.get_total_flops()
@@ -53,7 +64,16 @@ class Saved:
 
 @contextmanager
 def saved(model: nn.Module | None = None) -> Iterator[Saved]:
-    """Measure what autograd saves in the block: every storage once, the parameters and buffers of `model` left out."""
+    """Measure what autograd saves in the block: every storage once, the parameters and buffers of `model` left out.
+
+    >>> import torch
+    >>> from leanvit import cost
+    >>> x = torch.rand(1000, requires_grad=True)
+    >>> with cost.saved() as found:
+    ...     y = (x * 2).exp()
+    >>> found.bytes  # what exp gave, float32
+    4000
+    """
     own = set()
     if model is not None:
         own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
@@ -73,7 +93,16 @@ def saved(model: nn.Module | None = None) -> Iterator[Saved]:
 
 
 def saved_bytes(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor] | None = None) -> int:
-    """Bytes that one training step of `model` on `x` keeps for its backward pass (activations, not parameters)."""
+    """Bytes that one training step of `model` on `x (B, 3, H, W)` keeps for its backward pass; parameters not counted.
+
+    >>> import torch
+    >>> from leanvit import baselines, cost, models
+    >>> model, x = models.create("embedded_vit"), torch.rand(1, 3, 32, 32)
+    >>> whole = cost.saved_bytes(model, x)
+    >>> report = baselines.linear_probe(model)
+    >>> cost.saved_bytes(model, x) < whole / 50  # the tokens in front of the head
+    True
+    """
     with surgery.undisturbed(model), saved(model) as result:
         out = model(x)
         value = out.float().sum() if loss is None else loss(out)
@@ -82,7 +111,12 @@ def saved_bytes(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor] | 
 
 
 def peak_memory_bytes(device: torch.device | str = "cpu") -> int | None:
-    """Peak resident memory of this process, or of the CUDA allocator; None where the system does not tell."""
+    """Peak resident memory of this process, or of the CUDA allocator, in bytes; None where the system does not tell.
+
+    >>> from leanvit import cost
+    >>> cost.peak_memory_bytes() > 50 * 2**20
+    True
+    """
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if resource is None:
@@ -102,15 +136,23 @@ def interleaved(
     rounds: int = 20,
     warmup: int = 3,
     device: torch.device | str = "cpu",
+    clock: Callable[[], float] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Time callables in turn, A B C A B C …, so that a drifting machine touches all alike.
 
     On the CPU a sample in which this process was pre-empted (`ru_nivcsw` grew) is dropped as long as enough remain; on
-    CUDA, events bracket each call.
+    CUDA, events bracket each call. `clock` (seconds, e.g. `time.process_time`) takes the place of both.
 
     Returns:
         For each name `median_ms`, `p10_ms`, `p90_ms` (wall clock), `samples`, and `ratio_to_first`: the median over
         rounds of (first candidate's time / this one's time), larger is faster.
+
+    >>> import time
+    >>> from leanvit import cost
+    >>> naps = {"long": lambda: time.sleep(0.004), "short": lambda: time.sleep(0.001)}
+    >>> found = cost.interleaved(naps, rounds=5)
+    >>> found["long"]["median_ms"] > 4, found["short"]["ratio_to_first"] > 1
+    (True, True)
     """
     cuda = torch.device(device).type == "cuda"
     times: dict[str, list[float]] = {name: [] for name in candidates}
@@ -118,7 +160,7 @@ def interleaved(
     for round_ in range(warmup + rounds):
         for name, call in candidates.items():
             before = _preemptions()
-            ms = _cuda_ms(call) if cuda else _cpu_ms(call)
+            ms = _cuda_ms(call) if cuda and clock is None else _ms(call, clock or time.perf_counter)
             if round_ >= warmup:
                 times[name].append(ms)
                 clean[name].append(_preemptions() == before)
@@ -142,10 +184,10 @@ def _summary(ms: list[float], clean: list[bool], base: list[float], base_clean: 
     }
 
 
-def _cpu_ms(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def _ms(call: Callable[[], object], clock: Callable[[], float]) -> float:
+    start = clock()
     call()
-    return 1e3 * (time.perf_counter() - start)
+    return 1e3 * (clock() - start)
 
 
 def _cuda_ms(call: Callable[[], object]) -> float:

@@ -19,12 +19,20 @@ class Distill:
 
     KD is `tau^2 KL(softmax(teacher / tau) || softmax(student / tau))`, summed over classes and divided by the batch;
     with `per_class` also by the number of classes, as DeiT's released loss and UVC's do, which makes it C times weaker.
-    `hard`: cross-entropy with the teacher's choice. A model that answers (logits, distillation logits) is taught by the
-    second. `blocks`: those whose outputs are aligned, see `aligned_blocks`; `alignment` may be set anew for each epoch,
-    see `alignment_weights`. The teacher sees the same images in eval mode, gets no gradient and keeps its modes.
+    `hard`: cross-entropy with the teacher's choice. Images are `(B, 3, H, W)`, labels `(B,)`. A model that answers
+    (logits, distillation logits) is taught by the second. `blocks`: those whose outputs are aligned, see
+    `aligned_blocks`; `alignment` may be set anew for each epoch, see `alignment_weights`. The teacher sees the same
+    images in eval mode, gets no gradient and keeps its modes.
 
     Raises `ValueError` for alpha outside [0, 1], tau <= 0, blocks that the teacher does not have, and, when called, for
     a teacher of other classes, blocks or widths than the student, or a model without a classifier.
+
+    >>> import torch
+    >>> from leanvit import distill, models
+    >>> teacher, student = models.create("embedded_vit", checkpoint="embedded"), models.create("embedded_vit", depth=2)
+    >>> loss = distill.Distill(teacher, alpha=0.5, tau=2.0)  # for train.fit(..., loss=loss)
+    >>> loss(student, torch.rand(2, 3, 32, 32), torch.tensor([0, 1])).shape
+    torch.Size([])
     """
 
     def __init__(
@@ -100,6 +108,21 @@ class Distill:
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def cross_entropy(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """The loss of a search where the caller gives none: images `(B, C, H, W)`; labels are whole numbers `(B,)` or
+    probabilities `(B, classes)`.
+
+    Raises `ValueError` for a model that has several outputs in training.
+    """
+    output = model(images)
+    if isinstance(output, (tuple, list)):
+        raise ValueError(
+            f"search: {type(model).__name__} gives {len(output)} outputs in training, and cross-entropy takes one; "
+            "give loss=distill.Distill(teacher), or call model.set_distilled_training(False)"
+        )
+    return F.cross_entropy(output.float(), labels)
 
 
 def need_classes(model: nn.Module, method: str) -> None:

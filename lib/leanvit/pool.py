@@ -64,7 +64,10 @@ class Job:
 
 
 class Local:
-    """A run as a process of this machine, in a session of its own."""
+    """A run as a process of this machine, in a session of its own, with so many `threads`; `seconds` is its time.
+
+    Raises `OSError` when it cannot be started, or its log cannot be written.
+    """
 
     def __init__(self, root: Path, job: Job, threads: int, lock_timeout_s: float = LOCK_TIMEOUT_S):
         self.began, self.seconds = time.monotonic(), 0.0
@@ -144,7 +147,7 @@ def _environment(job: Job, threads: int) -> dict[str, str]:
 
 @dataclass
 class Outcome:
-    """How a job ended: "done", "up to date" or "failed", after how many seconds."""
+    """How a job ended: "done", "up to date" or "failed", after how many `seconds`."""
 
     job: Job
     status: str
@@ -162,8 +165,9 @@ def execute(
 ) -> list[Outcome]:
     """Run each job (given with the reason why), a line for each start and finish; `after()` follows each finish.
 
-    Jobs whose notebook has the metadata {"leanvit": {"alone": true}} (they measure time) run last, one at a time.
-    KeyboardInterrupt stops what runs, with time to save, and goes on to the caller.
+    Jobs whose notebook has the metadata {"leanvit": {"alone": true}} (they measure time) run last, one at a time, with
+    the threads of all.
+    `KeyboardInterrupt` stops what runs, with time to save, and goes on to the caller.
     """
     alone = {job.result: _alone(root, job) for job, _ in jobs}
     waiting = sorted(jobs, key=lambda item: alone[item[0].result])
@@ -177,7 +181,8 @@ def execute(
                 waiting.pop(0)
                 _say(f"> {job.label}: started ({why})")
                 try:
-                    running[job.result] = (job, launch(root, job, threads), time.monotonic())
+                    own = threads * at_once if alone[job.result] else threads
+                    running[job.result] = (job, launch(root, job, own), time.monotonic())
                 except OSError as error:  # disk full, no process left: the others go on
                     _say(f"x {job.label}: cannot start: {error}")
                     outcomes.append(Outcome(job, "failed"))

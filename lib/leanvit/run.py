@@ -21,7 +21,6 @@ import argparse
 import contextlib
 import hashlib
 import json
-import os
 import shlex
 import signal
 import sys
@@ -29,14 +28,14 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from leanvit import claims, params, pool, record
+from leanvit import atomic, claims, extras, params, pool, record
 from leanvit.pool import Job, Outcome
 
 TIERS = ("smoke", "embedded", "gpu", "paper")
 
 
 def plan(root: Path, file: Path, overrides: dict[str, str] | None = None) -> Job:
-    """The job of a parameters file, everything checked; params.ParameterError says what is wrong."""
+    """The job of a parameters file, everything checked; `params.ParameterError` says what is wrong."""
     file = (file if file.is_absolute() else Path.cwd() / file).resolve()
     shown = file.relative_to(root).as_posix() if file.is_relative_to(root) else file.name
     if not file.is_file():
@@ -111,7 +110,7 @@ def summary_table(root: Path, outcomes: list[Outcome]) -> str:
 
 
 def select(root: Path, tier: str, notebooks: list[str]) -> list[Path]:
-    """The parameter files of a tier, of the notebooks named (or of all); params.ParameterError when there are none."""
+    """The parameter files of a tier, of the notebooks named (or of all); `ParameterError` when there are none."""
     if tier not in TIERS:
         raise params.ParameterError(f"there is no tier {tier}{params.near(tier, TIERS)}; known are {', '.join(TIERS)}")
     known = sorted(path.stem for path in (root / "notebooks").glob("*.ipynb"))
@@ -134,18 +133,20 @@ def select(root: Path, tier: str, notebooks: list[str]) -> list[Path]:
 
 
 def check_writable(root: Path, jobs: list[Job]) -> None:
-    """OSError that names the folder, before hours of computing, when results could not be written."""
+    """`OSError` that names the folder, before hours of computing, when results could not be written."""
     for folder in sorted({job.result.parent for job in jobs}):
-        probe = root / folder / f".probe-{os.getpid()}"
         try:
-            record.write_atomic(probe, "can this be written?")
+            atomic.check_writable(root / folder)
         except OSError as error:
-            raise OSError(f"{folder.as_posix()}/ cannot be written: {error.__cause__.strerror}") from None
-        probe.unlink(missing_ok=True)
+            raise OSError(f"{folder.as_posix()}/ cannot be written: {error.strerror or error}") from None
 
 
 def run_command(root: Path, options: argparse.Namespace) -> int:
-    """`leanvit run`."""
+    """`leanvit run`: the exit code, 1 where a run failed.
+
+    Raises, before anything runs, `params.ParameterError` with every problem of the files and options, `OSError` where
+    results cannot be written.
+    """
     problems, jobs = [], []
     if bool(options.params) == bool(options.tier) or (options.notebook and not options.tier):
         raise params.ParameterError("name either parameter files or --tier, e.g. `leanvit run --tier smoke`")
@@ -162,9 +163,10 @@ def run_command(root: Path, options: argparse.Namespace) -> int:
     check_writable(root, jobs)
     if options.print_commands:
         return _print_commands(root, dict(zip([job.result for job in jobs], files, strict=True)), jobs, options)
-    launch, at_once, threads, where = _place(root, jobs, options)
-    print(f"{len(jobs)} run(s), {where}", flush=True)
+    extras.need("running notebooks", "notebooks", "papermill", "ipykernel")
     outcomes, due = _sort_out(root, jobs, options.force)
+    launch, at_once, threads, where = _place(root, [job for job, _ in due] or jobs, options)
+    print(f"{len(due)} run(s), {where}" if due else f"all {len(jobs)} run(s) are up to date", flush=True)
     outcomes += pool.execute(
         root,
         due,
@@ -202,9 +204,9 @@ def _place(root: Path, jobs: list[Job], options: argparse.Namespace) -> tuple[Ca
         nodes.check(jobs)
         return nodes.launch, options.jobs or len(jobs), 1, f"on a cluster of {len(nodes.nodes)} node(s)"
     on_gpu = any(job.tier in ("gpu", "paper") for job in jobs)
-    at_once = min(options.jobs or (1 if on_gpu else max(1, record.cores() // 2)), len(jobs))
+    at_once = min(options.jobs or (1 if on_gpu else record.cores()), len(jobs))
     threads = max(1, record.cores() // at_once)
-    return pool.Local, at_once, threads, f"{at_once} at once, {threads} threads each"
+    return pool.Local, at_once, threads, f"{at_once} at once, {threads} thread(s) each"
 
 
 def _print_commands(root: Path, files: dict[Path, Path], jobs: list[Job], options: argparse.Namespace) -> int:
@@ -220,6 +222,7 @@ def _print_commands(root: Path, files: dict[Path, Path], jobs: list[Job], option
 
 def _render(root: Path) -> str | None:
     """The path of the index; a page that cannot be rendered says so, and costs no run."""
+    extras.need("rendering", "notebooks", "nbformat", "nbconvert", "latex2mathml")
     from leanvit import report
 
     try:
@@ -230,7 +233,7 @@ def _render(root: Path) -> str | None:
 
 
 def list_command(root: Path) -> int:
-    """`leanvit list`."""
+    """`leanvit list`; the exit code."""
     checkout = record.checkout_id(root)
     rows = []
     for file in parameter_files(root):
@@ -247,7 +250,7 @@ def list_command(root: Path) -> int:
 
 
 def claims_command(root: Path, options: argparse.Namespace) -> int:
-    """`leanvit claims`."""
+    """`leanvit claims`; the exit code. Raises `params.ParameterError` for a paper or verdict that is not there."""
     from leanvit import ledger
 
     rows = ledger.rows(root, options.paper, options.verdict)
@@ -275,7 +278,7 @@ def parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--force", action="store_true", help="run even what is up to date")
     run.add_argument(
-        "--jobs", type=int, metavar="N", help="runs at once (default: one for each two cores; one on a GPU)"
+        "--jobs", type=int, metavar="N", help="runs at once (default: one a core; one on a GPU)"
     )
     run.add_argument(
         "--cluster",
@@ -297,7 +300,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of the console command; returns the exit code."""
+    """Entry point of the console command; returns the exit code. A `ParameterError` or `OSError` becomes a line and 2,
+    Ctrl-C 130.
+    """
     options = parser().parse_args(argv)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill is a Ctrl-C
@@ -314,7 +319,7 @@ def main(argv: list[str] | None = None) -> int:
         index = _render(root)
         print(index or "")
         return int(index is None)
-    except (params.ParameterError, OSError) as error:
+    except (params.ParameterError, extras.MissingExtra, OSError) as error:
         print(f"leanvit: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -1,14 +1,13 @@
 """What a plan costs: multiply-adds, or milliseconds from a table measured on the user's machine.
 
 Both know `attention(block, heads, width)`, `mlp(block, units)`, what is `fixed`, what the `dense` model costs, and the
-`ratio` of real-numbered counts, with its derivatives.
+`ratio` of real-numbered counts, with its derivatives. Multiply-adds are those of UVC's specification, 1.6; milliseconds
+are ours, the paper has none.
 """
 
 import bisect
 import copy
 import json
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -44,17 +43,20 @@ class FlopsCost:
         self.fixed, self.dense = fixed_macs(shapes, self.tokens), dense_macs(shapes)
 
     def attention(self, block: int, heads: int, width: int) -> float:
-        """Of `heads` heads of `width` value dimensions each."""
+        """Multiply-adds of `heads` heads of `width` value dimensions each."""
         shape = self.shapes.blocks[block]
         kept = BlockShape(heads, shape.head_dim, (width,) * heads, 0, padded=shape.padded)
         return attention_macs(kept, self.shapes.width, self.tokens)
 
     def mlp(self, block: int, units: int) -> float:
+        """Multiply-adds of so many hidden units."""
         kept = BlockShape(0, 0, (), units, self.shapes.blocks[block].mlp_ranks)
         return mlp_macs(kept, self.shapes.width, self.tokens)
 
     def ratio(self, s: Tensor, r: Tensor, dead: Tensor, run: Tensor) -> Tensor:
-        """R of real-numbered counts, differentiable; see `uvc_math.flops_ratio`."""
+        """R, `()`, the part of the dense multiply-adds, of real-numbered counts `s (L, 2)` and `r (L, most heads)`,
+        differentiable; see `uvc_math.flops_ratio`.
+        """
         return flops_ratio(self.shapes, s, r, dead, run, paper=False, tokens=self.tokens)
 
 
@@ -74,16 +76,21 @@ class LatencyTable:
     about: dict
 
     def to_json(self) -> str:
+        """One line of JSON; `from_json` reads it back."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> "LatencyTable":
+        """The table of `to_json`."""
         data = json.loads(text)
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
 
 
 class LatencyCost:
-    """Milliseconds from a `LatencyTable`. Value dimensions are not cut: narrower ones are hardly faster."""
+    """Milliseconds from a `LatencyTable`. Value dimensions are not cut: narrower ones are hardly faster.
+
+    Raises `ValueError` for a table of another model.
+    """
 
     name = "latency"
 
@@ -107,12 +114,17 @@ class LatencyCost:
         )
 
     def attention(self, block: int, heads: int, width: int) -> float:
+        """Milliseconds of so many heads; `width` does not count."""
         return float(_interpolate(self.table.heads, self.table.attention_ms, torch.tensor(float(heads))))
 
     def mlp(self, block: int, units: int) -> float:
+        """Milliseconds of so many hidden units."""
         return float(_interpolate(self.table.units, self.table.mlp_ms, torch.tensor(float(units))))
 
     def ratio(self, s: Tensor, r: Tensor, dead: Tensor, run: Tensor) -> Tensor:
+        """R, `()`, the part of the dense milliseconds, of real-numbered `s (L, 2)` heads and units to remove and
+        `run (L,)`, differentiable; `r` and `dead` do not count.
+        """
         total = torch.as_tensor(self.fixed, dtype=s.dtype)
         for i, b in enumerate(self.shapes.blocks):
             attention = _interpolate(self.table.heads, self.table.attention_ms, b.heads - ceil_through(s[i, 0]))
@@ -140,17 +152,27 @@ def measure_latency(
     *,
     points: int = 4,
     rounds: int = 9,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float] | None = None,
 ) -> LatencyTable:
-    """Time cut versions of the first block of `model` on this machine, with the threads that are set.
+    """Time cut versions of the first block of `model` on this machine, with the threads that are set; in milliseconds.
+
+    >>> import timm
+    >>> from leanvit.uvc_cost import measure_latency
+    >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2,
+    ...                           num_heads=2, num_classes=4)
+    >>> table = measure_latency(model, points=2, rounds=3)
+    >>> table.heads, table.units
+    ((1, 2), (64, 128))
 
     Args:
         images: a batch `(B, C, H, W)` of the size to be served; by default one blank image.
         points: sizes of the MLP and of the attention that are timed, from the smallest to the whole.
         rounds: interleaved rounds; the median counts.
-        clock: seconds; `time.process_time` for CPU time on a machine that others use. CUDA is synchronised.
+        clock: seconds; `time.process_time` for CPU time on a machine that others use. By default wall clock, on CUDA
+            events.
 
-    Raises `ValueError` for a model that UVC cannot cut or whose blocks differ in size.
+    Raises `ValueError` for a model that UVC cannot cut or whose blocks differ in size. The published method knows no
+    latency.
     """
     shapes = read_shapes(model)
     if len(set(shapes.blocks)) != 1:
@@ -182,7 +204,8 @@ def measure_latency(
             block = one_block(shape.heads, count)
             calls[f"mlp {count}"] = lambda b=block: tokens + b.ls2(b.mlp(b.norm2(tokens)))
         calls["model"] = lambda: model(images)
-        times = _timed(calls, rounds, device, clock)
+        timed = measure.interleaved(calls, rounds=rounds, device=device, clock=clock)
+        times = {name: t["median_ms"] for name, t in timed.items()}
     attention = _rising([times[f"attention {c}"] for c in heads])
     mlp = _rising([times[f"mlp {c}"] for c in units])
     rest = max(0.0, times["model"] - len(shapes.blocks) * (attention[-1] + mlp[-1]))
@@ -196,20 +219,6 @@ def measure_latency(
         "model_ms": times["model"],
     }
     return LatencyTable(tuple(heads), attention, tuple(units), mlp, rest, about)
-
-
-def _timed(calls: dict[str, Callable], rounds: int, device: torch.device, clock: Callable) -> dict[str, float]:
-    """Median milliseconds of each call, in turn."""
-    if clock is time.perf_counter:
-        return {k: v["median_ms"] for k, v in measure.interleaved(calls, rounds=rounds, device=device).items()}
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in range(rounds + 2):
-        for name, call in calls.items():
-            start = clock()
-            call()
-            if round_ >= 2:
-                times[name].append(1e3 * (clock() - start))
-    return {name: statistics.median(t) for name, t in times.items()}
 
 
 def _rising(ms: list[float]) -> tuple[float, ...]:

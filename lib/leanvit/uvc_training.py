@@ -1,5 +1,6 @@
 """What both solvers of UVC share: gates and masks on a model in training, the step of the weights, processes, state.
 
+The order of a step is that of UVC's specification, 2.2; the recipe that of 2.3 and 2.4.
 Gates and masks act through hooks: no module is swapped, the state dict stays the stock model's, and `close` leaves
 nothing behind. In eval mode the gates are what would be exported (1 where the logit is positive), so evaluation draws
 nothing. With several processes (torch.distributed) the gradients are averaged, and what is decided on rank 0 holds.
@@ -10,12 +11,11 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leanvit import surgery
+from leanvit import several, surgery
 from leanvit.checkpoint import TrainingDiverged
+from leanvit.distill import cross_entropy
 from leanvit.evaluate import device_of
 from leanvit.train import mix_seed
 from leanvit.uvc_math import Norms, group_norms
@@ -24,17 +24,6 @@ from leanvit.uvc_plan import Plan, read_shapes
 from leanvit.uvc_slicing import value_columns
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
-
-
-def cross_entropy(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """The loss where the caller gives none; labels are whole numbers `(B,)` or probabilities `(B, classes)`."""
-    output = model(images)
-    if isinstance(output, (tuple, list)):
-        raise ValueError(
-            f"search: {type(model).__name__} gives {len(output)} outputs in training, and cross-entropy takes one; "
-            "give loss=distill.Distill(teacher), or call model.set_distilled_training(False)"
-        )
-    return F.cross_entropy(output.float(), labels)
 
 
 class Hooks:
@@ -103,35 +92,10 @@ class Hooks:
         self.exported = self.gates
 
     def remove(self) -> None:
+        """Take all hooks off the model."""
         for handle in self.handles:
             handle.remove()
         self.handles = []
-
-
-def _world() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def average_(tensors: list[Tensor], device: torch.device) -> None:
-    """The mean over all processes, in place; they meet on `device`, wherever each tensor is."""
-    if _world() > 1 and tensors:
-        flat = torch.cat([t.reshape(-1).to(device, torch.float32) for t in tensors])
-        dist.all_reduce(flat)
-        _unflatten_(flat / _world(), tensors)
-
-
-def agree_(tensors: list[Tensor], device: torch.device) -> None:
-    """Rank 0's values on all processes, in place."""
-    if _world() > 1 and tensors:
-        flat = torch.cat([t.detach().reshape(-1).to(device, torch.float64) for t in tensors])
-        dist.broadcast(flat, 0)
-        _unflatten_(flat, tensors)
-
-
-def _unflatten_(flat: Tensor, tensors: list[Tensor]) -> None:
-    with torch.no_grad():
-        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-            tensor.copy_(part.view_as(tensor))
 
 
 class Trainer:
@@ -139,6 +103,9 @@ class Trainer:
 
     A subclass says which gates a step draws (`draw_gates`), what happens to the structure after a step (`decide`),
     what its own state is (`variables`), and what the plan is.
+
+    Raises `ValueError` for a model that cannot be cut, has nothing to train, weights that are not finite or no head for
+    the default loss, and for steps that are no whole number of at least 1.
     """
 
     mode = ""
@@ -158,8 +125,7 @@ class Trainer:
         if not self.trained:
             raise ValueError("search: no parameter of the model requires a gradient; UVC trains weights and structure")
         self.device = device_of(model)
-        weights = [t for t in model.state_dict().values() if isinstance(t, Tensor) and t.is_floating_point()]
-        agree_(weights, self.device)
+        several.agree_on_weights_(model)
         self.logits = self.first_logits()
         self.optimizer = torch.optim.AdamW(self.optimized(), lr=lr, weight_decay=weight_decay)
         self.hooks = Hooks(model, self.shapes.prefix, self.shapes.patches)
@@ -167,13 +133,15 @@ class Trainer:
     # --- for subclasses
 
     def first_logits(self) -> Tensor:
+        """The blocks' gate logits at the start, `(L,)` or `(L, 2)`."""
         raise NotImplementedError
 
     def optimized(self) -> list[Tensor]:
-        """What the weights' optimiser moves."""
+        """What the weights' optimiser moves: tensors of any shape."""
         return self.trained
 
     def draw_gates(self) -> Tensor | None:
+        """Run weights `(L,)` of the next step, or None where all blocks run."""
         raise NotImplementedError
 
     def decide(self) -> dict:
@@ -181,13 +149,15 @@ class Trainer:
         raise NotImplementedError
 
     def variables(self) -> dict[str, Tensor]:
+        """The structure's own tensors, of any shape, by name: what all processes must agree on and a resume needs."""
         raise NotImplementedError
 
     def extra_state(self) -> dict:
+        """What `state_dict` holds beside `variables`, as plain data."""
         return {}
 
     def load_extra_state(self, state: dict) -> None:
-        pass
+        """Take back what `extra_state` gave."""
 
     def identity(self) -> dict:
         """What a saved state must have been made with."""
@@ -203,13 +173,16 @@ class Trainer:
         return self.lr * (1 + math.cos(math.pi * min(1.0, done))) / 2
 
     def norms(self) -> list[Norms]:
+        """`group_norms` of the model as it is now, on the CPU. Raises `ValueError` as they do."""
         return [
             Norms(tuple(d.cpu() for d in n.dims), n.heads.cpu(), n.units.cpu())
             for n in group_norms(self.model, self.shapes)
         ]
 
     def step(self, images: Tensor, labels: Tensor) -> dict:
-        """One iteration on one batch of this process; returns the new entry of `history`.
+        """One iteration on one batch of this process, images `(B, C, H, W)` and labels `(B,)` or `(B, classes)`.
+
+        Returns the new entry of `history` (specification, 2.2).
 
         Raises `TrainingDiverged` where the loss is not finite, `RuntimeError` after the last step or `close`.
         """
@@ -222,11 +195,10 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate
         self.model.train()
-        rank = dist.get_rank() if _world() > 1 else 0
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             # dropout depends on the step alone, so that a resumed search repeats it
-            torch.manual_seed(mix_seed(self.seed, "uvc", t, rank))
+            torch.manual_seed(mix_seed(self.seed, "uvc", t, several.rank()))
             self.logits.grad = None
             for p in self.trained:
                 p.grad = None
@@ -238,7 +210,7 @@ class Trainer:
         value = loss.detach().float().reshape(1)
         self.before_update()
         gradients = [p.grad for p in self.optimized() if p.grad is not None]
-        average_(gradients + self.other_gradients() + [value], self.device)
+        several.average_(gradients + self.other_gradients() + [value], self.device)
         if not math.isfinite(value.item()):
             raise TrainingDiverged(
                 f"search: the loss is {value.item()} at step {t} of {self.steps}, lr={self.rate:.3g}"
@@ -247,7 +219,7 @@ class Trainer:
         self.optimizer.step()
         self.step_number = t
         entry = {"step": t, "loss": value.item(), "lr": self.rate, **self.decide()}
-        agree_(list(self.variables().values()), self.device)
+        several.agree_(list(self.variables().values()), self.device)
         self.refresh()
         self.history.append(entry)
         return entry
@@ -256,6 +228,7 @@ class Trainer:
         """Called between backward and the averaging of gradients."""
 
     def other_gradients(self) -> list[Tensor]:
+        """Further tensors of any shape to average over processes, in place."""
         return []
 
     def refresh(self) -> None:

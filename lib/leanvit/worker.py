@@ -25,7 +25,10 @@ START_TIMEOUT_S = 120
 
 
 def main() -> int:
-    """Exit code 0 only when the result and the executed notebook are in their places."""
+    """Exit code 0 only when the result and the executed notebook are in their places.
+
+    Whatever the notebook raises, and the `RuntimeError` of a result that is not complete, is logged and gives 1.
+    """
     job = json.load(sys.stdin)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(signal, "pthread_sigmask"):  # Ray's processes block Ctrl-C; the kernel, a child of this one, needs it
@@ -113,6 +116,24 @@ def _scrub_output(output: dict) -> None:
     for holder, name in texts:
         text = CELL_FILE.sub("<cell>", "".join(holder[name]))
         holder[name] = record.scrub(text, root).splitlines(keepends=True)
+    if "image/png" in output.get("data", {}):
+        output["data"]["image/png"] = _with_palette("".join(output["data"]["image/png"]))
+
+
+def _with_palette(png: str) -> str:
+    """A figure with 256 colours of its own: a third of the bytes (base64), the same lines and letters to the eye."""
+    import base64
+    import io
+
+    from PIL import Image
+
+    image, file = Image.open(io.BytesIO(base64.b64decode(png))), io.BytesIO()
+    if image.mode in ("RGBA", "LA") and image.getchannel("A").getextrema()[0] < 255:
+        return png
+    flat = image.convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    flat.save(file, "PNG", optimize=True)
+    smaller = base64.b64encode(file.getvalue()).decode() + "\n"
+    return min(smaller, png, key=len)
 
 
 def _log_error(error: BaseException) -> None:
