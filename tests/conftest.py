@@ -6,10 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import nbformat
 import pytest
 
 os.environ.setdefault("TQDM_DISABLE", "1")
+
+# the same examples each time, and no deadline: a test that passed passes again, on a slow machine too
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None, database=None, max_examples=100)
+hypothesis.settings.load_profile("same")
 
 
 def pytest_collectstart(collector):

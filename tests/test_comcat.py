@@ -102,7 +102,8 @@ def test_full_rank_layers(dtype=torch.float32):  # T4
 def test_eckart_young(rank):  # T5
     model = vit(torch.float64)
     h = read_heads(model.blocks[0].attn)
-    layers = [(b.mlp.fc1.weight.T, None) for b in model.blocks] + [(model.head.weight.T, None)]
+    linear = [fc for b in model.blocks for fc in (b.mlp.fc1, b.mlp.fc2)] + [model.head]
+    layers = [(fc.weight.T, None) for fc in linear]
     for a, b in [(h.q, h.k.mT), (h.v, h.o), *layers]:
         rank = min(rank, min(a.shape[-2:]) - 1, (a if b is None else b).shape[-1] - 1)
         dense = a.detach() if b is None else a @ b
@@ -158,15 +159,20 @@ def test_qr_route_equals_the_svd(shape):  # T7
 
 def test_error_falls_with_the_rank():  # T8
     model, x = vit(torch.float64), torch.randn(3, 17, 48, dtype=torch.float64)
-    qk, vo = head_products(model)
+
+    def products(of):
+        h = read_heads(of.blocks[0].attn)  # the queries' bias is a row of the product that is truncated
+        return torch.cat([h.q, h.bq[:, None]], 1) @ h.k.mT, h.v @ h.o
+
     errors, outputs = [], []
     for rank in range(1, 17):
         small = cut(model, {"blocks.0.attn.qk": rank, "blocks.0.attn.vo": rank})
-        # the queries' bias is a row of the product that is truncated, so the rows of the weights alone are no measure
-        errors.append(float((head_products(small)[1] - vo).norm()))
+        errors.append([float((a - b).norm()) for a, b in zip(products(small), products(model), strict=True)])
         outputs.append(rel(small.blocks[0].attn(x), model.blocks[0].attn(x)))
-    assert all(b <= a + 1e-12 for a, b in zip(errors, errors[1:], strict=False))
-    assert errors[-1] < 1e-10 and outputs[-1] < 1e-10 and outputs[0] > 1e-3
+    for falling in zip(*errors, strict=True):
+        assert all(b <= a + 1e-12 for a, b in zip(falling, falling[1:], strict=False))
+        assert falling[0] > 1 and falling[-1] < 1e-10
+    assert outputs[-1] < 1e-10 and outputs[0] > 1e-3
 
 
 def test_scale_is_that_of_the_original_heads():  # T9
@@ -191,6 +197,9 @@ def test_gauge():  # T10
                 left[rows] = g @ left[rows]
                 attention.qkv.bias[rows] = g @ attention.qkv.bias[rows]
                 right[rows] = torch.linalg.inv(g).T @ right[rows]
+                values = slice(36 + 6 * head, 42 + 6 * head)
+                attention.qkv.weight[values] = g @ attention.qkv.weight[values]
+                attention.proj.weight[:, rows] = attention.proj.weight[:, rows] @ torch.linalg.inv(g)
         layer = small.blocks[1].mlp.fc1
         g = torch.randn(20, 20) + 5 * torch.eye(20)
         layer.first.weight.copy_(g @ layer.first.weight)

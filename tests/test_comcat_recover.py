@@ -77,6 +77,27 @@ def test_scores_error_is_the_sum_of_dropped_values():  # T6, for W_QK: pooled pa
     assert (error <= worse).all()
 
 
+def test_outputs_error_is_the_sum_of_dropped_values():  # T6, for W_VO: what each head mixes, centred, bias and all
+    model, x = vit(torch.float64), structured()
+    statistics = calibrate(model, [x], ridge=0)
+    seen = {}
+    model.blocks[0].attn.register_forward_pre_hook(lambda m, i: seen.__setitem__("x", i[0]))
+    model(x)
+    h = read_heads(model.blocks[0].attn)
+    mixed = mix(model.blocks[0].attn, seen["x"]).transpose(0, 1).flatten(1, 2)  # (heads, rows, width)
+    errors = []
+    for used in (statistics, None):
+        s = read_heads(cut(model, {"blocks.0.attn.qk": 16, "blocks.0.attn.vo": 5}, used).blocks[0].attn)
+        lost = mixed @ (h.v @ h.o - s.v @ s.o)
+        errors.append((lost - lost.mean(1, keepdim=True)).square().sum(-1).mean(1))
+        if used is not None:  # the mean of what is lost is in the output's bias
+            shift = s.bo - h.bo - torch.einsum("hk,hko->o", h.bv, h.o)
+            assert rel(shift, lost.mean(1).sum(0)) < 1e-9
+    values = torch.linalg.svdvals(statistics.weighting("blocks.0.attn.vo")[0][0] @ h.v @ h.o)
+    assert torch.allclose(errors[0], values[:, 5:].square().sum(1), rtol=1e-6)
+    assert (errors[0] <= errors[1]).all() and errors[0].sum() < 0.9 * errors[1].sum()
+
+
 def test_mixed_inputs_are_those_of_the_attention():
     model = vit(torch.float64, qk_norm=True)
     x, a = torch.randn(2, 17, 48, dtype=torch.float64), model.blocks[0].attn

@@ -208,6 +208,55 @@ def test_a_pass_moves_alpha_alone(mode):  # T22
     assert all(torch.equal(a, b) for a, b in zip(frozen, state.alphas, strict=True))
 
 
+@pytest.mark.parametrize("mode", ["corrected", "faithful"])
+def test_what_a_pass_descends(mode):  # T21, T22: the penalty's P and beta, the network's mode, the rates
+    """A loss that is the same everywhere leaves the penalty alone: of the expected size, or of the sampled one."""
+    alphas, modes = {}, set()
+
+    def constant(model, x, y):
+        modes.add(model.training)
+        return 2 + 0 * model(x).sum()
+
+    for seed, beta in ((0, 1.5), (1, 1.5), (0, 1e-3)):
+        state = RankSearch(vit(), 12_000, mode=mode, seed=seed, beta=beta, weight_decay=0.0)
+        assert state.optimizer.defaults["lr"] == (0.01 if mode == "faithful" else 0.1)
+        state.optimizer = torch.optim.SGD(state.alphas, lr=1.0)
+        state.search(1, batches(), constant)
+        alphas[seed, beta] = torch.cat([a.detach() for a in state.alphas])
+    start = torch.cat([torch.full_like(a, 1 / len(a)) for a in state.alphas])
+    assert modes == {mode == "faithful"}
+    assert torch.allclose(alphas[0, 1.5], alphas[1, 1.5], atol=1e-7) == (mode == "corrected")  # no noise in P
+    steps = [(alphas[0, beta] - start).norm() for beta in (1.5, 1e-3)]
+    assert steps[0] > 100 * steps[1] > 0
+    assert RankSearch(vit(), 12_000, mode=mode).optimizer.defaults["weight_decay"] == 5e-4
+    one_hot = [F.one_hot(torch.tensor(len(a) - 1), len(a)).double() for a in state.alphas[:2]]
+    one_hot += [torch.zeros(len(a)).double() for a in state.alphas[2:]]
+    largest = 2 * 48 * 40 if mode == "faithful" else 2 * 48 * 48  # nominal, not 3 * (40 // 3); or dense
+    assert float(state.size(one_hot)) == 2 * largest
+
+
+def test_a_pass_depends_on_its_seed_alone():  # T26: drop path draws from the search's own numbers
+    results = []
+    for noise in (0, 1):
+        state = RankSearch(vit(drop_path_rate=0.5), budget(vit()), mode="faithful", seed=3)
+        torch.manual_seed(noise)
+        state.search(1, batches())
+        results.append(torch.cat([a.detach() for a in state.alphas]))
+    assert torch.equal(*results)
+
+
+def test_a_failed_pass_leaves_no_trace():
+    """The search after it is the one that would have been."""
+    states = [RankSearch(vit(), budget(vit())) for _ in range(2)]
+    x, y = batches(1)[0]
+    with pytest.raises(ValueError, match="loss of step 1"):
+        states[0].search(0, [(x, y), (x * float("nan"), y)])
+    for state in states:
+        state.search(0, batches())
+    assert all(torch.equal(a, b) for a, b in zip(states[0].alphas, states[1].alphas, strict=True))
+    assert torch.equal(*(s.generator.get_state() for s in states))
+
+
 @pytest.mark.parametrize("reduction", [0.4, 0.7])
 def test_the_choice_meets_the_budget(reduction):  # T23
     model = vit()
@@ -619,6 +668,10 @@ def test_bad_settings():
         RankSearch(model, 100)
     with pytest.raises(ValueError, match="none of corrected, faithful"):
         RankSearch(model, budget(model), mode="fast")
+    with pytest.raises(ValueError, match="beta=nan must be > 0"):
+        RankSearch(model, budget(model), beta=math.nan)
+    with pytest.raises(ValueError, match="part_kept=2 must lie between"):
+        comcat.sensitivity(model, batches(1), part_kept=2)
     assert type(model.head) is nn.Linear
     with pytest.raises(ValueError, match="leave statistics, weights out"):
         RankSearch(model, budget(model), mode="faithful", statistics=object())

@@ -71,3 +71,9 @@ def test_peak_memory_is_at_least_what_was_touched():
     block = torch.ones(40_000_000)
     assert cost.peak_memory_bytes() >= max(before, block.nbytes)
     assert before == pytest.approx(cost.peak_memory_bytes(), abs=2**31)
+
+
+@pytest.mark.parametrize(("candidates", "how"), [({}, {}), ({"a": int}, {"rounds": 0}), ({"a": int}, {"warmup": -1})])
+def test_interleaved_needs_something_to_time(candidates, how):
+    with pytest.raises(ValueError, match="at least one candidate and one round"):
+        cost.interleaved(candidates, **how)

@@ -2,17 +2,23 @@
 
 import gzip
 import json
+import os
 import pickle
 import shutil
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from leanvit import data, models
-from leanvit.images import DataError
+from leanvit import data, evaluate, images, models
+from leanvit.images import DataError, Files
 
 
 def picture(path, size=(8, 6), mode="RGB", colour=None):
@@ -334,3 +340,168 @@ def test_a_folder_that_leaves_nothing_to_learn_from_is_refused(tmp_path):
         data.load("imagefolder", "train", root=tmp_path / "flat")
     with pytest.raises(data.DataError, match="has train/ but no test/ or val/"):
         data.load("imagefolder", "train", root=tmp_path / "half")
+
+
+# ---- sets that are too large to be held ----------------------------------------------------------------------------
+
+
+def tree(folder, classes=("cat", "dog", "fox"), count=12, size=(40, 30)):
+    """`count` files a class, each picture another one."""
+    rng = np.random.default_rng(0)
+    for name in classes:
+        for k in range(count):
+            path = folder / name / f"{k:03d}.{'png' if k % 2 else 'jpg'}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 255, (*size[::-1], 3), dtype=np.uint8)).save(path)
+    return folder
+
+
+def imagenet(root, count=4):
+    """ImageNet's folders as torchvision leaves them, with three classes, two of which share a name."""
+    names = {"n01531178": ("goldfinch", "Carduelis carduelis"), "n02012849": ("crane",), "n03126707": ("crane",)}
+    for split, images_per_class in (("train", count), ("val", 2)):
+        tree(root / "imagenet" / split, names, images_per_class)
+    torch.save((names, sorted(names) * 2), root / "imagenet" / "meta.bin")
+    return names
+
+
+def test_files_are_a_sequence_of_paths_in_two_arrays(tmp_path):
+    paths = [str(tmp_path / "é" / f"{k}.png") for k in range(5)]
+    files = Files(Path(path) for path in paths)
+    assert list(files) == paths and len(files) == 5 and files[-1] == paths[-1]
+    assert list(files.take([3, 1, -1])) == [paths[3], paths[1], paths[4]]
+    assert list(pickle.loads(pickle.dumps(files))) == paths and len(Files([])) == 0
+    with pytest.raises(IndexError):
+        files[5]
+    many = Files(f"/images/n{k % 1000:08d}/n{k % 1000:08d}_{k}.JPEG" for k in range(100_000))
+    assert many.text.nbytes + many.ends.nbytes < 60 * len(many)  # a Path takes several hundred bytes
+    assert many[99_999] == "/images/n00000999/n00000999_99999.JPEG"
+
+
+def test_labels_are_known_and_parts_are_chosen_without_opening_an_image(tmp_path, monkeypatch):
+    tree(tmp_path / "folder")
+    imagenet(tmp_path)
+
+    def opened(*args, **kwargs):
+        raise AssertionError("an image was opened")
+
+    monkeypatch.setattr(Image, "open", opened)
+    monkeypatch.setattr(images, "open_image", opened)
+    for name, root in (("imagefolder", tmp_path / "folder"), ("imagenet", tmp_path)):
+        found = data.load(name, "train", root=root, limit=6, seed=1)
+        assert isinstance(found.images, Files) and found.labels.bincount().tolist() == [2, 2, 2]
+        folders = [Path(p).parent for p in found.images]
+        assert [p.name for p in folders] == [sorted(os.listdir(folders[0].parent))[y] for y in found.labels]
+        assert len(data.few_shot(found, 1, seed=0)) == 3
+        with pytest.raises(AssertionError, match="an image was opened"):
+            found[0]
+
+
+def test_each_file_of_a_folder_is_asked_for_its_size_once(tmp_path, monkeypatch):
+    tree(tmp_path / "train"), tree(tmp_path / "val", count=2)
+    asked, stat = [], os.stat
+    monkeypatch.setattr(os, "stat", lambda path, **how: asked.append(str(path)) or stat(path, **how))
+    data.load("imagefolder", "train", root=tmp_path)
+    files = [path for path in asked if path.endswith((".png", ".jpg"))]
+    assert len(files) == len(set(files)) <= 36 and not any("val" in path for path in files)
+
+
+def test_order_of_a_folder_is_that_of_its_parts_and_links_count(tmp_path):
+    for name in ("a/b/1.png", "a/b.c/2.png", "a/b-c/3.png", "b/4.png", "b/5.PNG"):
+        picture(tmp_path / "train" / name)
+    (tmp_path / "train" / "b" / "6.png").symlink_to(tmp_path / "train" / "a" / "b" / "1.png")
+    (tmp_path / "train" / "b" / "7.png").symlink_to(tmp_path / "gone.png")
+    (tmp_path / "test" / "a").mkdir(parents=True), (tmp_path / "test" / "b").mkdir()
+    found = data.load("imagefolder", "train", root=tmp_path)
+    names = [Path(p).relative_to(tmp_path / "train").as_posix() for p in found.images]
+    assert names == ["a/b/1.png", "a/b-c/3.png", "a/b.c/2.png", "b/4.png", "b/5.PNG", "b/6.png"]
+
+
+def test_imagenet_as_torchvision_lays_it_out(tmp_path):
+    names = imagenet(tmp_path)
+    train, test = (data.load("imagenet", split, root=tmp_path) for split in ("train", "test"))
+    assert train.classes == ["goldfinch", "crane", "crane"] == [names[w][0] for w in sorted(names)]
+    assert train.labels.bincount().tolist() == [4] * 3 and test.labels.bincount().tolist() == [2] * 3
+    assert [sorted(names)[y] for y in test.labels] == [Path(p).parent.name for p in test.images]
+    assert np.array_equal(np.asarray(train.pil(1)), np.asarray(Image.open(train.images[1])))
+
+
+def test_imagenet_that_is_there_but_incomplete_says_what_is_missing(tmp_path):
+    imagenet(tmp_path)
+    for file in (tmp_path / "imagenet" / "val" / "n02012849").iterdir():
+        file.unlink()
+    with pytest.raises(DataError, match=r"imagenet.*n02012849") as error:
+        data.load("imagenet", "test", root=tmp_path)
+    one_line(error)
+    (tmp_path / "imagenet" / "meta.bin").write_bytes(b"cut")
+    with pytest.raises(DataError, match=r"imagenet.*meta.bin.*remove it") as error:
+        data.load("imagenet", "train", root=tmp_path)
+    one_line(error)
+    (tmp_path / "imagenet" / "meta.bin").unlink()
+    with pytest.raises(DataError, match=r"devkit_t12.*imagefolder") as error:
+        data.load("imagenet", "train", root=tmp_path)
+    one_line(error)
+
+
+@pytest.mark.parametrize("name", ["imagefolder", "imagenet"])
+def test_workers_give_the_same_batches_of_files(name, tmp_path):
+    imagenet(tmp_path)
+    root = tmp_path / "imagenet" if name == "imagefolder" else tmp_path
+    model = models.create("embedded_vit", num_classes=3)
+    found = data.load(name, "train", root=root, transform=models.transforms(model, False))
+    alone, many = (list(evaluate.loader(found, 5, workers=workers)) for workers in (0, 2))
+    assert [len(y) for _, y in alone] == [5, 5, 2] and torch.equal(torch.cat([y for _, y in many]), found.labels)
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(alone, many, strict=True))
+    predicted = [evaluate.predict(model, found, 5, workers=workers)[0] for workers in (0, 2)]
+    assert torch.equal(*predicted)
+
+
+def test_memory_does_not_grow_with_the_files_opened(tmp_path):
+    tree(tmp_path, count=8, size=(300, 200))
+    model = models.create("embedded_vit", num_classes=3)
+    found = data.load("imagefolder", "train", root=tmp_path, transform=models.transforms(model, False))
+
+    def read(times):
+        for _ in range(times):
+            for _ in evaluate.loader(found, 6):
+                pass
+
+    read(2)
+    files = psutil.Process().num_fds()
+    tracemalloc.start()
+    read(1)
+    before, peak = tracemalloc.get_traced_memory()
+    read(10)
+    after, peaks = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert after - before < 30_000 and peaks < peak + 100_000  # one picture as it is decoded: 180,000 bytes
+    assert psutil.Process().num_fds() == files
+
+
+GROWTH = """
+import gc, os, sys
+import psutil, torch
+from leanvit.images import ImageSet
+names = [f"{sys.argv[1]}/n{k % 1000:08d}/{k:08d}.JPEG" for k in range(100_000)]
+kinds = names, [[name] for name in names]
+sets = [ImageSet("many", ["a", "b"], torch.zeros(len(names)), kind, "0" * 64) for kind in kinds]
+gc.disable()  # it writes to objects, too
+for found in sets:
+    ends = os.pipe()
+    if os.fork() == 0:  # as a worker of a DataLoader is started
+        before = psutil.Process().memory_full_info().uss
+        for i in range(len(found)):
+            found.images[i]
+        os.write(ends[1], str(psutil.Process().memory_full_info().uss - before).encode())
+        os._exit(0)
+    print(os.read(ends[0], 100).decode())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="fork, and memory that is not shared, as Linux tells it")
+def test_workers_share_the_names_of_the_files(tmp_path):
+    # a list of objects is copied page by page, because looking at one counts a reference in it
+    command = [sys.executable, "-c", GROWTH, str(tmp_path)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    files, objects = (int(word) / 2**20 for word in told.split())
+    assert files < 2 < 5 < objects

@@ -1,5 +1,7 @@
 """Distillation as a loss: UVC's specification, T18."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -63,6 +65,10 @@ def test_bad_input():
         Distill(teacher, 1.5)
     with pytest.raises(ValueError, match="tau=0 must be > 0"):
         Distill(teacher, 0.5, 0)
+    with pytest.raises(ValueError, match="tau=inf must be > 0 and finite"):
+        Distill(teacher, 0.5, math.inf)
+    with pytest.raises(ValueError, match="alpha='half' must be in"):
+        Distill(teacher, "half")
 
 
 def test_models_without_classes_are_refused():

@@ -725,6 +725,18 @@ def test_lhe_refuses_energies_that_say_nothing(energy, message):
     assert not lbp_wht.setting_of(model)
 
 
+def test_what_does_not_fit_is_refused_by_every_entry():
+    model = small_vit()
+    for how, message in (({"pad": "mirror"}, "pad 'mirror' is neither"), ({"order": 7}, "order 7 is not one of")):
+        with pytest.raises(ValueError, match=message):
+            lbp_wht.gradient_energy(model, lambda: model(torch.randn(2, 3, 112, 112)).sum(), **how)
+        with pytest.raises(ValueError, match=message):
+            lbp_wht.attach(model, "exact", **how)
+    with pytest.raises(ValueError, match="prefix_tokens=1 belongs to a grid"):
+        lbp_wht.attach(model, "LP_L1-2", prefix_tokens=1)
+    assert not lbp_wht.setting_of(model)
+
+
 def test_gradient_energy_and_flop_counts_leave_the_model_as_it_was():
     model = nn.Sequential(nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16)).train()
     model[0].weight.grad = torch.ones_like(model[0].weight)

@@ -247,6 +247,18 @@ def test_alternative_texts(site):
     assert soups(site)[site / "smoke" / "2_comcat.html"].img["alt"] == "Figure: The mathematics"
 
 
+def test_a_damaged_result_costs_its_own_page_alone(tmp_path, site):
+    before = len(report.find_pages(tmp_path))
+    (tmp_path / "outputs" / "smoke" / "9_damaged.json").write_text('{"notebook": ')
+    (tmp_path / "outputs" / "smoke" / "9_damaged.ipynb").write_text("{}")
+    assert len(report.find_pages(tmp_path)) == before > 0
+
+
+def test_examples_of_a_session_are_coloured_as_such():
+    shown = report_api._code(">>> pe(0.5, 100)\n0.49")
+    assert '<span class="gp">&gt;&gt;&gt; </span>' in shown and '<span class="go">0.49</span>' in shown
+
+
 def test_pages_of_results_that_are_gone_are_removed(site):
     root = site.parents[1]
     (root / "outputs" / "smoke" / "2_comcat.json").unlink()

@@ -403,6 +403,16 @@ def test_figures_of_an_executed_notebook_are_stored_with_a_palette():
     assert len(worker._with_palette(tiny)) <= len(tiny)  # never larger
 
 
+def test_a_file_from_elsewhere_does_not_replace_a_committed_result(repository, tmp_path_factory):
+    repository.notebook("1_x")
+    own = repository.params("1_x", "embedded", "{}")
+    other = tmp_path_factory.mktemp("elsewhere") / "1_x" / "embedded.yaml"
+    other.parent.mkdir()
+    other.write_text("lr: 0.5")
+    assert run.plan(repository.root, own).result == Path("outputs/embedded/1_x.json")
+    assert run.plan(repository.root, other).result == Path("outputs/custom/1_x.embedded.json")
+
+
 @pytest.mark.parametrize(
     ("cores", "jobs", "asked", "at_once", "threads"),
     [(2, 8, None, 2, 1), (1, 8, None, 1, 1), (16, 8, None, 8, 2), (2, 1, None, 1, 2), (8, 8, 2, 2, 4)],

@@ -5,17 +5,21 @@ import signal
 import socket
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from timm.models import VisionTransformer
 from torch import nn
 from torch.utils.data import Dataset
 
 from leanvit import checkpoint, evaluate, surgery
+from leanvit.images import ImageSet
 from leanvit.train import CheckpointError, Recipe, TrainingDiverged, _Order, _Stream, fit, learning_rate
 
 HERE = Path(__file__).parent
@@ -366,6 +370,139 @@ def test_same_seed_same_numbers_with_workers_and_generators_untouched():
     assert torch.equal(states[2], torch.get_rng_state())
 
 
+# ---- loading -------------------------------------------------------------------------------------------------------
+
+
+class Folder(ImageSet):
+    """Files on the disk; each fetch notes in a file which process made it."""
+
+    def __init__(self, folder: Path, log: Path, size: int = 12, **how):
+        for k in range(size):
+            values = np.random.default_rng(k).integers(0, 255, (10, 8, 3), dtype=np.uint8)
+            Image.fromarray(values).save(folder / f"{k}.{'png' if k % 2 else 'jpg'}")
+        files = [folder / f"{k}.{'png' if k % 2 else 'jpg'}" for k in range(size)]
+        super().__init__("folder", Images.classes, torch.arange(size) % 3, files, "0" * 64, **how)
+        self.log = log
+
+    def __getitem__(self, i):
+        with self.log.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        return super().__getitem__(i)
+
+    def processes(self) -> set[int]:
+        return {int(line) for line in self.log.read_text().split()}
+
+
+def shaken(picture: Image.Image) -> torch.Tensor:
+    """A transform with the three generators that transforms use."""
+    image = torch.from_numpy(np.asarray(picture.crop((0, 1, 8, 9)), np.float32)).permute(2, 0, 1) / 255
+    return image * random.random() + float(np.random.normal(0, 0.1)) + 0.1 * torch.randn(image.shape)
+
+
+def test_workers_load_files_to_the_same_history_and_evaluation_keeps_its_own(tmp_path):
+    histories, models = [], []
+    for workers in (0, 2):
+        test_sets = {}
+        for name in ("train", "one", "other"):
+            (tmp_path / f"{name}{workers}").mkdir()
+            test_sets[name] = Folder(tmp_path / f"{name}{workers}", tmp_path / f"{name}{workers}.log", transform=shaken)
+        train_set = test_sets.pop("train")
+        for held in test_sets.values():
+            held.transform = still
+        model = tiny()
+        recipe = Recipe(batch_size=4, lr=1e-3, epochs=3, workers=workers)
+        histories.append(fit(model, train_set, recipe, test_set=test_sets, progress=False).epochs)
+        models.append(model)
+        for held in test_sets.values():  # three evaluations by one process that is gone now
+            found = held.processes()
+            assert found == {os.getpid()} if workers == 0 else len(found) == 1 and os.getpid() not in found
+            assert workers == 0 or not any(psutil.pid_exists(pid) for pid in found)
+    assert histories[0] == histories[1] and len(histories[0]) == 3 and equal(*models)
+
+
+def still(picture: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(picture.crop((0, 1, 8, 9)), np.float32)).permute(2, 0, 1) / 255
+
+
+def test_processes_that_load_are_gone_after_an_error_too(tmp_path):
+    (tmp_path / "held").mkdir()
+    held = Folder(tmp_path / "held", tmp_path / "log", transform=still)
+    with pytest.raises(ValueError, match="stop here") as error:
+        fit(tiny(), Images(), Recipe(16, 1e-3, epochs=2, workers=1), test_set=held, metric=refuse, progress=False)
+    assert error.tb is not None and len(held.processes()) == 1  # the frames are still referred to
+    assert not any(psutil.pid_exists(pid) for pid in held.processes())
+
+
+def refuse(logits, labels):
+    raise ValueError("stop here")
+
+
+class Convolutional(nn.Module):
+    """Two convolutions, the second by channel, a norm and a head: what channels last is for."""
+
+    num_classes = 3
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(3, 16, 3, padding=1, bias=False)  # before a norm, a bias has only rounding for a gradient
+        self.norm = nn.BatchNorm2d(16)
+        self.mix = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.head = nn.Linear(16, 3)
+        self.seen = []
+
+    def forward(self, x):
+        if self.training:
+            self.seen.append(x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous())
+        return self.head(self.mix(self.norm(self.stem(x)).relu()).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("make", [Convolutional, lambda: tiny()])
+def test_channels_last_gives_equal_results_and_the_weights_lie_as_before(make, tmp_path):
+    plain, last = make(), make()
+    how = {"batch_size": 16, "lr": 1e-3, "epochs": 2, "clip_norm": 1.0}
+    histories = [
+        fit(model, Images(), Recipe(channels_last=flag, **how), test_set=Images(24), progress=False).epochs
+        for model, flag in ((plain, False), (last, True))
+    ]
+    for a, b in zip(*histories, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4) and a["accuracy"] == pytest.approx(b["accuracy"])
+    for (name, a), b in zip(plain.state_dict().items(), last.state_dict().values(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-5) and b.stride() == a.stride(), name
+    if hasattr(last, "seen"):
+        assert all(last.seen) and not any(plain.seen)
+
+
+def test_channels_last_goes_on_from_a_checkpoint_bit_for_bit(tmp_path):
+    whole, parts = Convolutional(), Convolutional()
+    recipe = Recipe(16, 1e-3, steps=6, channels_last=True)
+    fit(whole, Images(), recipe, progress=False)
+    count = iter(range(100))
+
+    def loss(model, images, labels):
+        if next(count) == 4:
+            raise RuntimeError("power cut")
+        return F.cross_entropy(model(images), labels)
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(parts, Images(), recipe, loss=loss, checkpoint_dir=tmp_path, checkpoint_every_s=0, progress=False)
+    assert all(p.is_contiguous() for p in parts.parameters())
+    history = fit(parts, Images(), recipe, checkpoint_dir=tmp_path, progress=False)
+    assert history.resumed_from == 4 and equal(whole, parts)
+
+
+def test_every_batch_of_a_large_set_is_drawn_without_a_list_of_all():
+    order = _Order(2_000_000, 8, 0, 2, seed=0)
+    drawn = iter(order)
+    first = next(drawn)
+    assert all(type(part) is int for key in first for part in key)
+    tracemalloc.start()
+    next(iter(order))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2_000_000  # numbers as objects would take tens of MB
+
+
 # ---- checkpoints ---------------------------------------------------------------------------------------------------
 
 
@@ -552,6 +689,7 @@ def test_batches_are_fetched_in_one_call():
         ({"label_smoothing": 1.0}, "label_smoothing=1.0 must be below 1"),
         ({"optimizer": "lion"}, "optimizer='lion' is none of adamw, sgd"),
         ({"schedule": "step"}, "schedule='step' is none of cosine, warmup_cosine, constant"),
+        ({"channels_last": 1}, "channels_last=1 must be True or False"),
         ({"momentum": 1.0}, "momentum=1.0 must be below 1"),
         ({"schedule": "constant", "min_lr_ratio": 0.1}, "a constant schedule has no min_lr_ratio; got 0.1"),
     ],

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import leanvit
-from leanvit import baselines, controls, cost, uvc
+from leanvit import baselines, comcat, controls, cost, uvc
 from leanvit.export import export
 from leanvit.uvc import BlockPlan, Plan, SlicedAttention
 from leanvit.uvc_math import flops_ratio
@@ -540,6 +540,16 @@ def test_a_plan_for_another_model_changes_nothing():
         assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
         with pytest.raises(ValueError, match=message):
             uvc.mask(model, wrong)
+
+
+def test_what_is_no_plan():
+    model = vit()
+    for wrong in (comcat.make_plan(model, {"qk": 3}), whole_plan(uvc.read_shapes(model)).to_json(), None):
+        for call in (uvc.apply, uvc.mask):
+            with pytest.raises(TypeError, match=r"UVC: a leanvit.uvc_plan.Plan is needed, got .* Plan.from_json"):
+                call(model, wrong)
+    with pytest.raises(TypeError, match=r"a leanvit.comcat_plan.Plan is needed, got leanvit.uvc_plan.Plan"):
+        comcat.apply(model, whole_plan(uvc.read_shapes(model)))
 
 
 def test_models_that_cannot_be_cut():

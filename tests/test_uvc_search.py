@@ -18,6 +18,7 @@ from leanvit.checkpoint import TrainingDiverged
 from leanvit.data import load
 from leanvit.distill import Distill
 from leanvit.evaluate import fetch
+from leanvit.export import export
 from leanvit.models import create, transforms
 from leanvit.uvc import CorrectedSearch, FaithfulSearch, Flags, Settings, from_flags
 from leanvit.uvc_budget import Counts, meet
@@ -38,7 +39,7 @@ from leanvit.uvc_math import (
     smallest,
     soft_gate,
 )
-from leanvit.uvc_plan import whole_plan
+from leanvit.uvc_plan import BlockPlan, whole_plan
 
 SMALL = dict(round_units=4, round_dims=2, lr=1e-3)
 
@@ -245,7 +246,130 @@ def test_signs():  # T14
     assert (s < 0).all() and (r < 0).all() and (g == 0).all()
     assert all((d == 0).all() for d in moved(0.0, 0.0))
     search.logits.grad = torch.tensor([1.0, -1.0, 0.0, 0.0])
-    assert (moved(0.0, 0.0)[2] * torch.tensor([-1.0, 1.0, 0.0, 0.0])).tolist()[:2] > [0, 0]  # gates follow the task
+    s, r, g = moved(0.0, 0.0)
+    assert g[0] < 0 < g[1] and (g[2:] == 0).all() and (s == 0).all() and (r == 0).all()  # gates follow the task
+
+
+def test_ratio_is_that_of_the_exported_network():
+    """Specification 2.8b: what z sees is R of the plan, whatever the logits' distance from zero."""
+    model = vit()
+    search = CorrectedSearch(model, 0.5, 30, settings=settings())
+    search.fractions[:] = torch.tensor([0.25, 0.5])
+    with torch.no_grad():
+        search.logits.copy_(torch.tensor([0.1, -0.2, 2.0, -3.0]))
+    block = BlockPlan((0, 1, 2), (tuple(range(8)),) * 3, tuple(range(64)))
+    plan = uvc.Plan(search.shapes, (block, None, block, None))
+    assert search.ratio(search.norms()) == pytest.approx(plan.ratio(), rel=1e-6)
+    with torch.no_grad():
+        search.logits.zero_()
+    draws = set()
+    for search.step_number in range(12):
+        draws.add(tuple(search.draw_gates().tolist()))
+    assert len(draws) > 5 and {v for d in draws for v in d} == {0.0, 1.0}  # hard, and anew in each step
+    search.close()
+
+
+def test_gate_step_of_the_released_solver():
+    """Specification 2.2, 5: a ramp-weighted mean of `gating_interval` gradients, momentum 0.9, weight decay 1e-4."""
+    _, search, norms = released(gating_interval=4, glr=0.5, gating_weight=0.3, enable_warmup=0, z_grad_clip=1.0)
+    generator = torch.Generator().manual_seed(0)
+    g, momentum = search.logits.detach().clone(), torch.zeros(4, 2)
+    for first in (1, 5):
+        total = torch.zeros(4, 2)
+        for search.step_number in range(first, first + 4):
+            task = torch.randn(4, 2, generator=generator)
+            search.z.fill_(2.0)
+            logits = search.logits.detach().clone().requires_grad_()
+            ratio = search._ratio(search.s, search.r, search.sample(logits, "gates", search.step_number), norms)
+            resource = torch.autograd.grad(ratio, logits)[0]
+            total += (search.step_number % 4) * (task + 2.0 * 0.3 * resource)
+            search.move_gates(norms, task)
+        momentum = 0.9 * momentum + total / 4 + 1e-4 * g
+        g -= 0.5 * momentum
+        torch.testing.assert_close(search.logits.detach(), g)
+    purposes = ("forward", "counts", "gates", "duals")
+    assert len({tuple(search.sample(search.logits.detach(), p, 3).tolist()) for p in purposes}) == 4  # a draw for each
+    search.close()
+
+
+def test_signs_of_the_released_solver():  # T14
+    model, search, norms = released(gating_interval=2, glr=1.0, gating_weight=1.0, enable_warmup=0, z_grad_clip=1.0)
+    start = [t.detach().clone() for t in (search.s.fill_(1.5), search.r.fill_(2.5), search.logits)]
+
+    def moved(z, dual, task=None):
+        with torch.no_grad():
+            for tensor, value in zip((search.s, search.r, search.logits), start, strict=True):
+                tensor.copy_(value)
+        search.z.fill_(z), search.y.fill_(dual), search.p.fill_(dual), search.gate_momentum.zero_()
+        search.move_counts(norms)
+        for search.step_number in (1, 2):  # the gates move in every second step
+            search.move_gates(norms, task)
+        s, r, g = (a.detach() - b for a, b in zip((search.s, search.r, search.logits), start, strict=True))
+        return s, r, g[:, 1] - g[:, 0] + 2e-4  # without the gates' own weight decay, 1e-4 of each logit
+
+    dead = dead_heads(norms, start[0][:, 0])
+    s, r, g = moved(1.0, 0.0)
+    assert (s > 0).all() and (r[~dead] > 0).all() and (r[dead] == 0).all() and (g < -1e-6).all()
+    s, r, g = moved(0.0, 1.0)
+    assert (s < 0).all() and (r < 0).all() and g.abs().max() < 1e-6
+    s, r, g = moved(0.0, 0.0, torch.tensor([[0.0, 1.0], [0.0, -1.0], [0.0, 0.0], [0.0, 0.0]]))
+    assert (s == 0).all() and (r == 0).all() and g[0] < -0.1 and g[1] > 0.1 and g[2:].abs().max() < 1e-6
+    search.close()
+
+
+@pytest.mark.parametrize("mode", ["corrected", "faithful"])
+def test_proximal_step_of_a_search(mode):  # T11
+    """After AdamW's step: the smallest columns of each kind by their own dual; all others stay.
+
+    Released: at AdamW's rate. Corrected: at a rate of its own.
+    """
+    if mode == "faithful":
+        model, search, norms = released()
+        search.s[:], search.r[:], search.rate = torch.tensor([0.5, 2.0]), 1.5, 0.1
+    else:
+        model = vit()
+        search = CorrectedSearch(model, 0.5, 40, settings=settings(shrink=4.0, dims=True, warmup=0.2))  # 4 / 40
+        search.fractions[:], search.dim_fractions[:] = torch.tensor([0.5 / 4, 2.0 / 128]), 1.5 / 8
+        norms, search.rate = search.norms(), 7.0
+    # one head, two units, two dimensions of each head
+    search.y[:], search.p[:] = torch.tensor([1.0, 2.0]), 3.0
+    before = copy.deepcopy(model.state_dict())
+    search._shrink(norms)
+    for i, n in enumerate(norms):
+        head, units = n.heads.argmin(), n.units.argsort()[:2]
+        by_head, by_unit = torch.ones(4, 8), torch.ones(128)
+        for h, dims in enumerate(n.dims):
+            by_head[h, dims.argsort()[:2]] /= 1 + 2 * 0.1 * 3
+        by_head[head] /= 1 + 2 * 0.1 * 1
+        by_unit[units] /= 1 + 2 * 0.1 * 2
+        block = model.blocks[i]
+        for name, columns in (("attn.proj", by_head.flatten()), ("mlp.fc2", by_unit)):
+            expected = before[f"blocks.{i}.{name}.weight"] * columns
+            torch.testing.assert_close(block.get_submodule(name).weight.data, expected, rtol=1e-6, atol=0)
+    assert torch.equal(model.blocks[0].mlp.fc1.weight, before["blocks.0.mlp.fc1.weight"])
+    search.step_number = 0
+    calls = []
+    search._shrink = lambda norms: calls.append(norms)
+    search.step(*batches(model)[0])
+    assert len(calls) == 1  # in every step, the warm-up's, too
+    search.close()
+
+
+def test_bounds_of_the_released_solver():  # T4, T9
+    """With rates that would take everything: never the last head, dimension or unit, and no dual below zero."""
+    told = dict(slr=50.0, rlr=50.0, ylr=1.0, plr=1.0, enable_warmup=0, z_grad_clip=1.0, enable_block_gating=0)
+    model, search, _ = released(**told)
+    ends = set()
+    for k in range(10):
+        search.z.fill_(50.0 if k % 2 else 0.0)  # pulled to either end
+        search.step(*batches(model, 1, seed=k)[0])
+        assert (search.s >= 0).all() and (search.s <= torch.tensor([3.0, 127.0])).all()
+        assert (search.r >= 0).all() and (search.r <= 7).all()
+        assert all((dual >= 0).all() for dual in (search.y, search.p, search.z))
+        ends |= set(search.s[:, 0].tolist())
+        assert all(b is None or (b.heads and b.units and all(b.values)) for b in search.plan().blocks)
+    assert {0.0, 3.0} <= ends
+    search.close()
 
 
 @pytest.mark.parametrize("warmup", [0.0, 0.5])
@@ -362,7 +486,7 @@ def test_masks_are_made_anew():  # T17
 def test_a_small_budget_moves_from_the_first_step(importance):  # T21
     model = vit()
     search = run(CorrectedSearch(model, 0.2, 100, settings=settings(importance=importance)), batches(model), 1)
-    assert search.z > 0 and (search.fractions[:, 1] > 0).all()
+    assert search.z > 0 and (search.fractions[:, 1] > 0).all() and (search.logits != search.first_logits()).all()
     assert importance == "loss" or (search.fractions[:, 0] > 0).all()  # heads may all be worth more than any unit
     search.close()
     told = flags(budget=0.4, enable_block_gating=0, enable_warmup=0)  # the authors' clamp at work
@@ -453,6 +577,14 @@ def same(a, b):
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
     return a == b
+
+
+def released(**told):
+    """A small model, the authors' search of it in its only epoch, and its norms."""
+    model = vit()
+    search = FaithfulSearch(model, flags(num_epochs=1, **told), steps_per_epoch=100)
+    search.step_number = 1
+    return model, search, search.norms()
 
 
 def make(mode, model, **more):
@@ -607,6 +739,8 @@ def test_readme_flags():  # T20
         "--use_gumbel 2 must be 0 or 1": {"use_gumbel": 2},
         "--glr nan must be a finite number": {"glr": "nan"},
         "'0.5' follows no flag": ["0.5"],
+        "'0.6' follows no flag": ["--budget", "0.5", "0.6"],
+        "--budget is given twice": ["--budget", "0.5", "--budget", "0.6"],
         "inert='ignore' must be": None,
     }
     for message, words in cases.items():
@@ -921,6 +1055,23 @@ def test_bad_input():
     search.close()
     with pytest.raises(RuntimeError, match="is closed"):
         search.step(*data[0])
+
+
+@pytest.mark.parametrize("mode", ["corrected", "faithful"])
+def test_an_open_search_is_closed_first(mode, tmp_path):
+    """Its gates would go with the model, or act on the wrong blocks."""
+    model = vit(dtype=torch.float32)
+    search, plan = make(mode, model), uvc.magnitude_plan(model, 0.5, round_units=4)
+    for net in (model, copy.deepcopy(model)):
+        for what, call in {
+            "export": lambda net=net: export(net, tmp_path / "a.pt2", images(model)),
+            "apply": lambda net=net: uvc.apply(net, plan),
+        }.items():
+            with pytest.raises(ValueError, match=rf"{what}: a UVC search is open on this \w+; call its close\(\)"):
+                call()
+    search.close()
+    uvc.apply(model, plan)
+    assert len(model.uvc_plans) == 1
 
 
 def test_soft_labels_of_one_class():

@@ -27,7 +27,7 @@ MODES = ("fixed", "faithful")
 
 
 class Adapter(nn.Module):
-    """`m + Up(ReLU(Down(LayerNorm(m))))` with m = base(x); base is an MLP whose output has `features` channels."""
+    """`m + Up(ReLU(Down(LayerNorm(m))))` with m = base(x); base is an MLP `(..., in) -> (..., features)`."""
 
     reason = "a ReLU stands between its two projections"
 
@@ -84,7 +84,10 @@ class PHM(nn.Module):
 
 
 class Compacter(nn.Module):
-    """`m + Up(GELU(Down(LayerNorm(m))))` with m = base(x) and PHM layers Down and Up; GELU in its tanh form."""
+    """`m + Up(GELU(Down(LayerNorm(m))))` with m = base(x) `(..., features)`; Down and Up are PHM layers.
+
+    GELU in its tanh form.
+    """
 
     reason = "a GELU stands between its two projections"
 
@@ -153,6 +156,11 @@ def adapter(model: nn.Module, width: int = 64, *, mode: str = "fixed", match: Ma
 
     Raises `ValueError` for a width below 1, an unknown mode, a model without a head or without such MLPs, or when an
     adapter is there already; the model is then unchanged.
+
+    >>> from leanvit import baselines, models
+    >>> report = baselines.adapter(models.create("embedded_vit"), width=16)
+    >>> report.matched[:2], report.trainable  # 2 D w + w + D + 2 D numbers a block, and the head
+    (['blocks.0.mlp', 'blocks.1.mlp'], 21226)
     """
 
     def make(mlp: nn.Module, features: int, like: dict) -> Adapter:
@@ -177,6 +185,11 @@ def compacter(
     starts one factor of Up at zero, so that the output does not change; "faithful" is the released start.
 
     Raises `ValueError` as `adapter`, and when n does not divide the bottleneck or the width of the model.
+
+    >>> from leanvit import baselines, models
+    >>> report = baselines.compacter(models.create("embedded_vit"), width=16, n=4)
+    >>> report.trainable  # 2 (D + w) + w + D + 2 D numbers a block, and the head
+    4138
     """
     check_whole("compacter", n=n, rank=rank)
 

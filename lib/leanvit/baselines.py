@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leanvit import qkv
+from leanvit import extras, qkv
 from leanvit.adapters import Adapter, Compacter, adapter, compacter
 from leanvit.lora import (
     LoRA,
@@ -62,13 +62,23 @@ def _trained_modules(model: nn.Module) -> list[str]:
 
 
 def full(model: nn.Module) -> Report:
-    """Train everything."""
+    """Train everything.
+
+    >>> from leanvit import baselines, models
+    >>> baselines.full(models.create("embedded_vit")).trainable
+    683242
+    """
     freeze(model, keep=lambda name: True)
     return Report("full", _trained_modules(model), {}, *count(model))
 
 
 def linear_probe(model: nn.Module) -> Report:
-    """Train the head alone. Raises `ValueError` for a model without one."""
+    """Train the head alone. Raises `ValueError` for a model without one.
+
+    >>> from leanvit import baselines, models
+    >>> baselines.linear_probe(models.create("embedded_vit")).trainable  # 10 (96 + 1)
+    970
+    """
     head = need_head(model, "linear_probe")
     freeze(model, keep=head.__contains__)
     return Report("linear_probe", _trained_modules(model), {}, *count(model))
@@ -81,6 +91,10 @@ def top_blocks(model: nn.Module, n: int, *, norm: bool = False) -> Report:
     and three blocks stacked on top would have the same count).
 
     Raises `ValueError` for a model without a head or a flat list of blocks, or an `n` outside of 1 .. their number.
+
+    >>> from leanvit import baselines, models
+    >>> baselines.top_blocks(models.create("embedded_vit"), n=1).trainable  # 12 D^2 + 13 D, and the head
+    112810
     """
     check_whole("top_blocks", n=n)
     head, blocks = need_head(model, "top_blocks"), getattr(model, "blocks", None)
@@ -96,7 +110,12 @@ def top_blocks(model: nn.Module, n: int, *, norm: bool = False) -> Report:
 
 
 def bitfit(model: nn.Module) -> Report:
-    """Train every bias (of linear layers, convolutions and norms) and the head. Raises `ValueError` without a bias."""
+    """Train every bias (of linear layers, convolutions and norms) and the head. Raises `ValueError` without a bias.
+
+    >>> from leanvit import baselines, models
+    >>> baselines.bitfit(models.create("embedded_vit")).trainable  # 11 D a block, patches and last norm, the head
+    7498
+    """
     head = head_parameters(model)
     biases = {n for n, _ in model.named_parameters() if n.rpartition(".")[2] in BIASES}
     if not biases - head:
@@ -120,7 +139,12 @@ def vera(
     A and B are not stored: they come from `seed`, which stands in the parameters' names (`vera_lambda_b.seed0`), so
     that loading into a model attached with another seed fails. `match` chooses among the layers.
 
-    Raises `ValueError` as `lora_qv`, and for a d_initial of 0 or none that is finite.
+    Raises `ValueError` as `lora_qv`, and for a d_initial of 0 or none that is finite; `MissingExtra` without PEFT.
+
+    >>> from leanvit import baselines, models
+    >>> report = baselines.vera(models.create("embedded_vit"), rank=16)
+    >>> report.trainable  # rank + 3 D numbers a block, and the head
+    2794
     """
     check_whole("vera", rank=rank)
     check_whole("vera", 0, seed=seed)
@@ -131,6 +155,7 @@ def vera(
     head = need_head(model, "vera")
     rows, skipped = qkv.choose(model, "vera", match)
     found = list(dict.fromkeys(r.layer for r in rows))
+    extras.need("vera", "peers", "peft")
     import peft  # on first use: it imports transformers
 
     trained = [(p, p.requires_grad) for p in model.parameters()]
@@ -187,6 +212,16 @@ def merge(model: nn.Module) -> Merged:
 
     What it returns undoes it: `merged = merge(model)`, later `merged.unmerge()`.
     Raises `ValueError` where no weight can hold the adapter (Adapter, Compacter, `lora_scrambled`), or without one.
+
+    >>> from leanvit import baselines, models
+    >>> model = models.create("embedded_vit")
+    >>> report = baselines.lora_qv(model)  # and a training
+    >>> merged = baselines.merge(model)
+    >>> type(model.blocks[0].attn.qkv).__name__
+    'Linear'
+    >>> merged.unmerge()
+    >>> type(model.blocks[0].attn.qkv).__name__
+    'Shifted'
     """
     found = _attached(model, "merge")
     for name, module in found:
@@ -207,7 +242,17 @@ def merge(model: nn.Module) -> Merged:
 
 
 def detach(model: nn.Module) -> None:
-    """Drop the adapters: the layers that they found, bit for bit. What may be trained stays as it is."""
+    """Drop the adapters: the layers that they found, bit for bit. What may be trained stays as it is.
+
+    Raises `ValueError` where none is attached.
+
+    >>> from leanvit import baselines, models
+    >>> model = models.create("embedded_vit")
+    >>> report = baselines.adapter(model)
+    >>> baselines.detach(model)
+    >>> type(model.blocks[0].mlp).__name__
+    'Mlp'
+    """
     for name, module in _attached(model, "detach"):
         replace(model, name, module.get_base_layer() if _is_vera(module) else module.base)
     join_qkv_bias(model)
@@ -219,12 +264,18 @@ def detach(model: nn.Module) -> None:
 def wise(model: nn.Module, before: Mapping[str, Tensor], alpha: float) -> None:
     """WiSE-FT: set every weight and buffer outside of the head to `(1 - alpha) * before + alpha * now`, in place.
 
-    `before` is the state dict of the same model before its fine-tuning (the head may be missing or another); alpha 0
-    is the old backbone, 1 the fine-tuned one, both bit for bit. The head stays as it was trained. To look at several
-    alphas, start each from a copy of the fine-tuned model.
+    `before` is the state dict of the same model before its fine-tuning, each tensor of the same shape as now (the head
+    may be missing or another); alpha 0 is the old backbone, 1 the fine-tuned one, both bit for bit. The head stays as
+    it was trained. To look at several alphas, start each from a copy of the fine-tuned model.
 
     Raises `ValueError` for an alpha outside of [0, 1], or a tensor that `before` lacks or has in another shape; the
     model is then unchanged.
+
+    >>> from leanvit import baselines, models
+    >>> before, model = models.create("embedded_vit").state_dict(), models.create("embedded_vit", checkpoint="embedded")
+    >>> baselines.wise(model, before, alpha=0.0)
+    >>> model.blocks[0].mlp.fc1.weight.equal(before["blocks.0.mlp.fc1.weight"])
+    True
     """
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
         raise ValueError(f"wise: alpha={alpha!r} must lie in [0, 1]")
@@ -254,6 +305,14 @@ def l2_sp(model: nn.Module, alpha: float) -> Callable[[nn.Module, Tensor, Tensor
     zero and should be 0. One copy of the trained weights is kept.
 
     Raises `ValueError` for an alpha below 0, or when nothing outside of the head is trained.
+
+    >>> import torch
+    >>> from leanvit import baselines, models
+    >>> model = models.create("embedded_vit")
+    >>> report = baselines.full(model)
+    >>> loss = baselines.l2_sp(model, alpha=0.01)  # for train.fit(..., loss=loss)
+    >>> loss(model, torch.rand(2, 3, 32, 32), torch.tensor([0, 1])).shape
+    torch.Size([])
     """
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha < math.inf:
         raise ValueError(f"l2_sp: alpha={alpha!r} must be a number of at least 0")

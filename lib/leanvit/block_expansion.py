@@ -109,13 +109,16 @@ class Expansion:
         return tuple(s + j + 1 for j, s in enumerate(self.sources))
 
     def new(self, old: int) -> int:
-        """Where original block `old` is now."""
+        """Where original block `old` is now. Raises `ValueError` for a block that it has not."""
         if not 0 <= old < self.depth:
             raise ValueError(f"block {old} is outside 0..{self.depth - 1}, the blocks of the original model")
         return old + sum(s < old for s in self.sources)
 
     def old(self, new: int) -> int | None:
-        """Which original block is at `new` of the expanded stack; None for a new block."""
+        """Which original block is at `new` of the expanded stack; None for a new block.
+
+        Raises `ValueError` for an index outside of the expanded stack.
+        """
         if not 0 <= new < self.depth + len(self.sources):
             raise ValueError(f"block {new} is outside 0..{self.depth + len(self.sources) - 1} of the expanded model")
         return None if new in self.added else new - sum(a < new for a in self.added)
@@ -139,12 +142,18 @@ def _expansion(model: nn.Module, what: str) -> Expansion:
 
 
 def new_index(model: nn.Module, old: int) -> int:
-    """Index in the expanded stack of block `old` of the original model, e.g. for `forward_intermediates(indices=)`."""
+    """Index in the expanded stack of block `old` of the original model, e.g. for `forward_intermediates(indices=)`.
+
+    Raises `ValueError` where nothing is attached, inside `bypass`, or for a block that the model has not.
+    """
     return _expansion(model, "new_index").new(old)
 
 
 def old_index(model: nn.Module, new: int) -> int | None:
-    """Index in the original model of block `new` of the expanded stack; None for a new block."""
+    """Index in the original model of block `new` of the expanded stack; None for a new block.
+
+    Raises `ValueError` as `new_index`.
+    """
     return _expansion(model, "old_index").old(new)
 
 
@@ -299,6 +308,12 @@ def attach(
         ValueError: p does not divide the depth, positions out of range or repeated, attached already, adapters
             attached or merged, no flat list of blocks (a hierarchical network, a wrapper), blocks of an unknown kind,
             or no identity; the model is then as it was.
+
+    >>> from leanvit import block_expansion, models
+    >>> model = models.create("embedded_vit")
+    >>> report = block_expansion.attach(model, p=3)
+    >>> report.matched, report.trainable  # 3 (12 D^2 + 13 D) numbers, and the head
+    (['blocks.2', 'blocks.5', 'blocks.8'], 336490)
     """
     if _attached(model) is not None:
         raise ValueError("block expansion is attached already; detach(model) first")
@@ -380,6 +395,15 @@ def bypass(model: nn.Module) -> Iterator[nn.Module]:
 
     The old head is the one that was there at `attach`, with its values of then, frozen. Train or eval mode set inside
     reaches the new blocks at the end. Raises `ValueError` where nothing is attached, or inside another bypass.
+
+    >>> from leanvit import block_expansion, models
+    >>> model = models.create("embedded_vit")
+    >>> report = block_expansion.attach(model, p=3)
+    >>> with block_expansion.bypass(model):
+    ...     len(model.blocks)
+    6
+    >>> len(model.blocks)
+    9
     """
     expansion = _expansion(model, "bypass")
     heads, num_classes, training = _heads(model), getattr(model, "num_classes", None), model.training

@@ -14,6 +14,8 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import Dataset
 
+from leanvit import atomic
+
 
 class TrainingDiverged(RuntimeError):
     """The loss, or a trained parameter, is no longer finite."""
@@ -43,14 +45,14 @@ def _ours(folder: Path) -> list[Path]:
 
 
 def check_room(folder: Path, model: nn.Module) -> None:
-    """Fail before the training, not in the middle of it, when `folder` cannot take the checkpoints."""
+    """Fail before the training, not in the middle of it, when `folder` cannot take the checkpoints.
+
+    Raises `CheckpointError` when it cannot be written, or has less room than two checkpoints of `model` need.
+    """
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     needed = 2 * (sum(t.numel() * t.element_size() for t in model.state_dict().values()) + 2 * trained)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
-        probe.write_bytes(b"x" * 4096)
-        probe.unlink()
+        atomic.check_writable(folder)
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise CheckpointError(f"checkpoint_dir {folder} cannot be written: {error.strerror or error}") from error
@@ -68,7 +70,11 @@ def diverged(what: str, folder: Path | None) -> TrainingDiverged:
 
 
 def save(accelerator: Accelerator, folder: Path, progress: dict, model: nn.Module) -> None:
-    """Write a complete new folder, rename it to its name, then remove the older ones."""
+    """Write a complete new folder, rename it to its name, then remove the older ones.
+
+    Raises `TrainingDiverged` for a trained parameter that is not finite, `CheckpointError` when it cannot be written;
+    the checkpoint before stays.
+    """
     step = progress["step"]
     poisoned = [n for n, p in model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
     if poisoned:
@@ -102,7 +108,10 @@ def save(accelerator: Accelerator, folder: Path, progress: dict, model: nn.Modul
 
 
 def resume(accelerator: Accelerator, folder: Path, mine: dict) -> dict | None:
-    """Load the newest checkpoint of `folder` and return its progress, or None where there is none."""
+    """Load the newest checkpoint of `folder` and return its progress, or None where there is none.
+
+    Raises `CheckpointError` for one that is damaged, or of another training than `mine`, its `fingerprint`.
+    """
     checkpoint = newest(folder)
     if checkpoint is None:
         return None
@@ -121,9 +130,10 @@ def resume(accelerator: Accelerator, folder: Path, mine: dict) -> dict | None:
             f"Use another checkpoint_dir, or remove this one"
         )
     try:
-        accelerator.load_state(str(checkpoint))
+        accelerator.load_state(str(checkpoint))  # its pickles with weights_only=True: they hold data, or are refused
     except Exception as error:
-        raise CheckpointError(f"checkpoint {checkpoint} is damaged ({error}); remove it to start anew") from error
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise CheckpointError(f"checkpoint {checkpoint} is damaged ({why}); remove it to start anew") from error
     return progress
 
 

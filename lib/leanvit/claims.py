@@ -136,7 +136,14 @@ def _check_value(claim: Claim, where: str) -> None:
 def check(claims: list[Claim], measured: dict[str, Any]) -> list[Verdict]:
     """One verdict a claim, in order. `measured` maps ids to numbers, booleans or a record.summary; else `not run`.
 
-    KeyError for an id that no claim has.
+    Raises `KeyError` for an id that no claim has, `TypeError` for a number where a claim is true or false, or the
+    other way round.
+
+    >>> from leanvit import claims
+    >>> claim = claims.Claim("flops", "LBP-WHT", "Table 1", "backward", 1483.6, "C", "structural", "equal", "nothing")
+    >>> [verdict] = claims.check([claim], {"flops": 1490.0})
+    >>> verdict.verdict, verdict.why
+    ('differs', '1490 against 1483.6 (+0.43 %)')
     """
     ids = [claim.id for claim in claims]
     for name in measured:

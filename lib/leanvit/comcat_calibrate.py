@@ -36,6 +36,7 @@ class Moments:
         self.count, self.total, self.square = 0, 0.0, 0.0
 
     def add(self, rows: Tensor) -> None:
+        """Take rows `(..., rows, d)` in; the leading sizes (heads) are the same each time."""
         rows = rows.double()
         self.count += rows.shape[-2]
         self.total = self.total + rows.sum(-2)
@@ -43,6 +44,7 @@ class Moments:
 
     @property
     def mean(self) -> Tensor:
+        """`(..., d)`: of all rows so far."""
         return self.total / self.count
 
     def covariance(self, centred: bool) -> Tensor:
@@ -106,7 +108,10 @@ def spectra(model: nn.Module, statistics: Statistics | None = None) -> dict[str,
 
 
 def spectrum(name: str, a: Tensor, b: Tensor | None, statistics: Statistics | None) -> Spectrum:
-    """The SVD of the part `name`, whose product is `a b`."""
+    """The SVD of the part `name`, whose product is `a b`, `a ([H,] in, k)`, `b ([H,] k, out)`; b is None for a layer.
+
+    Raises `ValueError` that names the part whose weights are not finite.
+    """
     weighting = (None, None) if statistics is None else statistics.weighting(name)
     try:
         return Spectrum(a, b, *weighting)
@@ -121,7 +126,7 @@ def check_ridge(method: str, ridge: float) -> None:
 
 
 def images_of(batch) -> Tensor:
-    """The images of a batch that is images alone or (images, labels)."""
+    """The images `(B, 3, H, W)` of a batch that is images alone or (images, labels)."""
     return batch if isinstance(batch, Tensor) else batch[0]
 
 
@@ -198,7 +203,7 @@ def _watch(result: Statistics, mine: list[Part]):
 
 
 def mix(module: nn.Module, x: Tensor) -> Tensor:
-    """`A_i X (B, H, N, d)`: what each head's attention makes of the tokens `x (B, N, d)`."""
+    """`A_i X (B, H, N, d)`: what each head's attention makes of the tokens `x (B, N, d)` (specification 6.2)."""
     h = read_heads(module)
     q = torch.einsum("bnd,hdk->bhnk", x, h.q) + h.bq[:, None]
     k = torch.einsum("bnd,hdk->bhnk", x, h.k) + h.bk[:, None]

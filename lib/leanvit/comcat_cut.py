@@ -1,4 +1,7 @@
-"""ComCAT's surgery: physically smaller modules in the places that a plan names, and files of the models so made."""
+"""ComCAT's surgery (arXiv 2305.17235, Eq. 1 to 3): physically smaller modules in the places that a plan names.
+
+Also the files of models so made.
+"""
 
 import copy
 from collections.abc import Callable
@@ -7,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from leanvit import cuts, state, surgery
+from leanvit import cuts, surgery
 from leanvit.comcat_factors import Spectrum
 from leanvit.comcat_modules import (
     FactoredAttention,
@@ -27,8 +30,9 @@ Cut = Callable[[str, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 class Cutter:
     """Makes the factored modules of a plan, from dense modules or from factored ones.
 
-    `cut(part, a, b)` factors the product `a b` (of `a` alone without b); `shift(part, a, b, left, right)` is the mean
-    output that this loses, for the bias to take over.
+    `cut(part, a, b)` factors the product `a b`, `([H,] in, out)` (or `a` alone, where b is None) into `left ([H,] in,
+    r)` and `right ([H,] r, out)`; `shift(part, a, b, left, right)` is the mean output `(out,)` that this loses, for the
+    bias to take over.
     """
 
     def __init__(self, plan: Plan, cut: Cut, shift: Callable[..., Tensor] | None = None):
@@ -36,7 +40,7 @@ class Cutter:
 
     @classmethod
     def by_svd(cls, plan: Plan, statistics=None) -> "Cutter":
-        """Truncated SVDs, weighted by `statistics` where given."""
+        """Truncated SVDs, weighted by `statistics` where given. Its `make` raises `ValueError` for weights with NaN."""
 
         def cut(name: str, a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor]:
             rank = plan.ranks[name]
@@ -56,6 +60,7 @@ class Cutter:
         return (self.linear if part.kind == "fc" else self.attention)(part.module, module)
 
     def attention(self, name: str, m: nn.Module) -> FactoredAttention:
+        """The attention `m` with the plan's ranks, its biases absorbed where the plan says so (specification 1.3)."""
         h, ranks, bias = read_heads(m), self.plan.ranks, self.plan.bias
         qk, vo = f"{name}.qk" in ranks, f"{name}.vo" in ranks
         # something between queries and keys, or behind the values, needs their own biases
@@ -85,6 +90,7 @@ class Cutter:
         return factored_attention(m, h, biased=biased, proj_bias=bias != "none")
 
     def linear(self, name: str, m: nn.Module) -> FactoredLinear:
+        """The linear layer `m`, dense or factored, with the rank of the plan."""
         a, b, bias = read_linear(m)
         left, right = self.cut(name, a, b)
         if bias is not None and self.shift is not None:
@@ -105,6 +111,12 @@ def apply(model: nn.Module, plan: Plan, statistics=None) -> Report:
     Raises:
         ValueError: the plan is for other shapes, the model is factored already, or a weight holds NaN; `TypeError` for
             something that is no plan. The model is then as it was.
+
+    >>> from leanvit import comcat, models
+    >>> model = models.create("embedded_vit", depth=1)
+    >>> report = comcat.apply(model, comcat.make_plan(model, {"qk": 16, "vo": 16, "fc1": 32}))
+    >>> model.blocks[0].mlp.fc1.first, model.blocks[0].mlp.fc1.second
+    (Linear(in_features=96, out_features=32, bias=False), Linear(in_features=32, out_features=384, bias=True))
     """
     found = check_plan(model, plan)
     skipped = parts(model)[1]
@@ -132,9 +144,9 @@ def apply(model: nn.Module, plan: Plan, statistics=None) -> Report:
 
 
 def product(model: nn.Module, part: Part, absorb: bool = True) -> tuple[Tensor, Tensor | None]:
-    """The thin factors of a part as it is now, dense or factored; `(W, None)` of a dense layer.
+    """The thin factors `([H,] in, k)` and `([H,] k, out)` of a part as it is now, dense or factored.
 
-    `absorb`: the queries' bias is a last row of the left factor of W_QK.
+    `(W, None)` of a dense layer. `absorb`: the queries' bias is a last row of the left factor of W_QK.
     """
     module = model.get_submodule(part.module)
     if part.kind == "fc":
@@ -161,14 +173,17 @@ def load(model: nn.Module, path: str | Path) -> dict:
     What UVC cut before or afterwards is cut, too. Returns the file's header. Raises `ValueError` for a file without a
     plan of ComCAT or another architecture, and `FileNotFoundError`; the model is then as it was.
     """
-    if not any(method == "comcat" for method, _ in state.read_header(path).get("cuts", [])):
+    if not any(method == "comcat" for method, _ in cuts.stored(path)):
         raise ValueError(f"load: {path} holds no model factored by ComCAT")
     return cuts.load(model, path)
 
 
 @torch.no_grad()
 def rebuild(model: nn.Module, text: str) -> None:
-    """Give a dense `model` the shapes of a plan (JSON), without the SVDs: the values come from a file."""
+    """Give a dense `model` the shapes of a plan (JSON), without the SVDs: the values come from a file.
+
+    Raises `ValueError` for a text that is no plan, and as `check_plan` (`ValueError`, `TypeError`) for another model.
+    """
     plan = Plan.from_json(text)
     found = check_plan(model, plan)
     cutter, new = Cutter.by_svd(plan), {}

@@ -14,6 +14,8 @@ context of another width. Known divergence: the released code starts all maps at
 before the first step (mode="faithful"); here k' and S_O start at zero, and the model starts as it was.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,7 +29,10 @@ STABLE_DIFFUSION_1 = {320: 5, 640: 5, 1280: 6}
 
 
 def parameters_formula(rank: int = 2, heads: int = 8, context: int = 768, blocks: dict[int, int] | None = None) -> int:
-    """Trained numbers for a self- and a cross-attention in each block: `sum (6 C + 2 context) heads rank`."""
+    """Trained numbers for a self- and a cross-attention in each block: `sum (6 C + 2 context) heads rank`.
+
+    `blocks`: how many have each width C, by default Stable Diffusion 1.x's (specification 4.5).
+    """
     blocks = STABLE_DIFFUSION_1 if blocks is None else blocks
     return sum(n * (6 * width + 2 * context) * heads * rank for width, n in blocks.items())
 
@@ -52,7 +57,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> Tensor:
 
 
 class WideAttention(nn.Module):
-    """A plain attention whose heads are wider than their scale says, `to_q` .. `to_out`: what `merge` leaves."""
+    """A plain attention whose heads are wider than their scale says, `to_q` .. `to_out`: what `merge` leaves.
+
+    `(B, N, C)` and, for a cross-attention, a context `(B, M, context)` -> `(B, N, C)`.
+    """
 
     def __init__(self, to_q: nn.Linear, to_k: nn.Linear, to_v: nn.Linear, to_out: nn.Module, heads: int, scale: float):
         super().__init__()
@@ -68,7 +76,7 @@ class WideAttention(nn.Module):
 
 
 class ProductAdapter(nn.Module):
-    """A frozen attention `base` with low-rank terms on its products.
+    """A frozen attention `base` with low-rank terms on its products (paper, section on customisation).
 
     Trained: `comcat_q (h r, C)`, `comcat_k (h r, context)`, `comcat_v (h r, context)` and `comcat_o (C, h r)`. With
     `s` = 0 the base runs alone, bit for bit.
@@ -151,12 +159,15 @@ def attach(
 ) -> Report:
     """Give every attention of `model` an adapter, and train nothing else. In place.
 
-    Raises `ValueError` for a rank below 1, for a model without such attentions, or one adapted already.
+    Raises `ValueError` for a rank below 1, an s that is no finite number, an unknown mode, a model without such
+    attentions, or one adapted already.
     """
     if mode not in MODES:
         raise ValueError(f"ComCAT adapter: mode={mode!r} is none of {', '.join(MODES)}")
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"ComCAT adapter: rank={rank!r} must be a whole number of 1 or more")
+    if isinstance(s, bool) or not isinstance(s, (int, float)) or not math.isfinite(s):
+        raise ValueError(f"ComCAT adapter: s={s!r} must be a finite number")
     surgery.refuse_adapted(model, "ComCAT adapter")
     found = [name for name, m in model.named_modules() if is_attention(m)]
     if not found:
@@ -178,13 +189,16 @@ def adapters(model: nn.Module) -> list[tuple[str, ProductAdapter]]:
 
 
 def merge(model: nn.Module) -> None:
-    """Put plain attentions of width d_h + r in the places of the adapted ones, with the same outputs."""
+    """Put plain attentions of width d_h + r in the places of the adapted ones, with the same outputs.
+
+    Raises `ValueError` where none is attached.
+    """
     for name, module in _attached(model, "merge"):
         surgery.replace(model, name, module.merged())
 
 
 def detach(model: nn.Module) -> None:
-    """Put the frozen attentions back as they were."""
+    """Put the frozen attentions back as they were. Raises `ValueError` where no adapter is attached."""
     for name, module in _attached(model, "detach"):
         surgery.replace(model, name, module.base)
 

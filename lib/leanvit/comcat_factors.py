@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def product_svd(a: Tensor, b: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """SVD of `a @ b` by the QR route: `U (..., m, r), S (..., r), V (..., n, r)`, r = min(m, k, n).
+    """SVD of `a @ b` by the QR route (specification 1.2): `U (..., m, r), S (..., r), V (..., n, r)`, r = min(m, k, n).
 
     Args:
         a, b: `(..., m, k)` and `(..., k, n)`, float32 or wider, finite; without `b`, the SVD of `a` alone.
@@ -36,7 +36,7 @@ def product_svd(a: Tensor, b: Tensor | None = None) -> tuple[Tensor, Tensor, Ten
 
 
 def split(u: Tensor, s: Tensor, v: Tensor, balanced: bool = True) -> tuple[Tensor, Tensor]:
-    """`U diag(S) V^T` as `left (..., m, r)` and `right (..., r, n)`.
+    """`U diag(S) V^T`, `u (..., m, r)`, `s (..., r)`, `v (..., n, r)`, as `left (..., m, r)` and `right (..., r, n)`.
 
     Balanced, each side gets the square root of the singular values; otherwise the right side gets all of them, as in
     the authors' code. Both have the same product.
@@ -51,6 +51,7 @@ def roots(covariance: Tensor, ridge: float = 0.0) -> tuple[Tensor, Tensor]:
     """`C^(1/2)` and its pseudo-inverse, of symmetric `covariance (..., d, d)` plus `ridge * trace / d` on its diagonal.
 
     Directions whose eigenvalue is below rounding (d * eps of the largest) are no part of either. Float64 throughout.
+    What data-aware factors are weighted by (specification 6.2).
     """
     covariance = covariance.double()
     d = covariance.shape[-1]
@@ -63,7 +64,7 @@ def roots(covariance: Tensor, ridge: float = 0.0) -> tuple[Tensor, Tensor]:
 
 
 class Spectrum:
-    """What every rank of a product is cut from: one SVD, weighted or not, kept in float32 or wider.
+    """What every rank of a product `a (..., m, k)`, `b (..., k, n)` is cut from: one SVD, kept in float32 or wider.
 
     With `left` and `right` = (C^(1/2), C^(-1/2)) of the two sides, the SVD is that of `C_l^(1/2) A B C_r^(1/2)`, whose
     truncations minimise the error under these covariances; the factors are brought back by the inverse roots. Then

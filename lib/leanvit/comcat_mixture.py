@@ -23,7 +23,8 @@ def truncations(spectrum: Spectrum, ranks: list[int | None]) -> Tensor:
 class MixedAttention(nn.Module):
     """Attention by mixtures of products: `qk (A, H, d [+ 1], d)`, `vo (A', H, d, out)`, weights in `p_qk` and `p_vo`.
 
-    Scores are mixed before the softmax. A last row of `qk` is the queries' absorbed bias; `bias (out,)` is added.
+    Scores are mixed before the softmax (specification 2.2). A last row of `qk` is the queries' absorbed bias;
+    `bias (out,)` is added.
     """
 
     def __init__(self, qk: Tensor, vo: Tensor, scale: float, bias: Tensor | None):
@@ -91,7 +92,7 @@ class Mixture:
                 self.modules[part.module] = MixedAttention(qk, vo, module.scale, bias)
 
     def weigh(self, weights: Mapping[str, Tensor]) -> None:
-        """Set the weights of every part's candidates."""
+        """Set the weights `(candidates,)` of every part's candidates."""
         for name, module in self.modules.items():
             if isinstance(module, MixedLinear):
                 module.p = weights[name]

@@ -1,4 +1,6 @@
-"""The modules of a factored transformer, and reading the maps of an attention or a layer out of them (ComCAT).
+"""The modules of a factored transformer, and reading the maps of an attention or a layer out of them.
+
+ComCAT (arXiv 2305.17235), Eq. 1 to 3; biases as in its specification, 1.3.
 
 `FactoredLinear` and `FactoredAttention` take the places of `nn.Linear` and timm's `Attention`; their children are plain
 linear layers, so that other methods find them. They save, load, export and are smaller by what their ranks say.
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 
 class FactoredLinear(nn.Module):
-    """`x -> (x A) B + bias`: `first` is `Linear(in, rank)` without a bias, `second` `Linear(rank, out)` with it."""
+    """`x (..., in) -> (x A) B + bias (..., out)`: `first` holds A and no bias, `second` B and the bias."""
 
     def __init__(self, inputs: int, outputs: int, rank: int, bias: bool = True, **kwargs):
         super().__init__()
@@ -24,14 +26,17 @@ class FactoredLinear(nn.Module):
 
     @property
     def in_features(self) -> int:
+        """As of `nn.Linear`."""
         return self.first.in_features
 
     @property
     def out_features(self) -> int:
+        """As of `nn.Linear`."""
         return self.second.out_features
 
     @property
     def rank(self) -> int:
+        """The width between its two layers."""
         return self.first.out_features
 
     def forward(self, x: Tensor) -> Tensor:
@@ -39,7 +44,7 @@ class FactoredLinear(nn.Module):
 
 
 class PackedLinear(nn.Linear):
-    """A linear layer `in -> out` whose bias exists for the first `biased` outputs only; the others have none."""
+    """A linear layer `(..., in) -> (..., out)` whose bias exists for the first `biased` outputs only."""
 
     def __init__(self, inputs: int, outputs: int, biased: int, **kwargs):
         super().__init__(inputs, outputs, bias=False, **kwargs)
@@ -51,7 +56,7 @@ class PackedLinear(nn.Linear):
 
 
 class FactoredAttention(nn.Module):
-    """Attention whose queries and keys are `key_dim` wide in each head and whose values are `value_dim` wide.
+    """Attention `(B, N, in) -> (B, N, out)`: in each head queries and keys are `key_dim` wide, values `value_dim`.
 
     `qkv` packs the rows of queries, keys and values, head-major within each: `Linear(in, heads * (2 r1 + r2))`; `proj`
     is `Linear(heads * r2, out)`. Scores are multiplied by `scale`, that of the original heads. Where r1 and r2 differ,
@@ -195,7 +200,7 @@ def factored_attention(m: nn.Module, heads: Heads, *, biased: int, proj_bias: bo
 
 
 def factored_linear(m: nn.Module, left: Tensor, right: Tensor, bias: Tensor | None) -> FactoredLinear:
-    """A `FactoredLinear` with `left (in, r)`, `right (r, out)` in the place of the linear layer `m`."""
+    """A `FactoredLinear` with `left (in, r)`, `right (r, out)`, `bias (out,)` in the place of the linear layer `m`."""
     weight = next(m.parameters())
     new = FactoredLinear(
         left.shape[0], right.shape[1], left.shape[1], bias is not None, device="meta", dtype=weight.dtype

@@ -1,4 +1,7 @@
-"""What of a model ComCAT can factor, and the plan that says at which ranks: plain data, made by hand or by a search."""
+"""What of a model ComCAT can factor, and the plan that says at which ranks.
+
+A plan is plain data, made by hand or by a search. ComCAT is arXiv 2305.17235.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -180,6 +183,7 @@ class Plan:
             surgery.check_whole("ComCAT", **{f"shape of {name}, {i + 1} of 4": n for i, n in enumerate(shape)})
 
     def to_json(self) -> str:
+        """All of it as one line of JSON, which `from_json` reads."""
         return json.dumps({"method": "comcat", **asdict(self)}, allow_nan=False)
 
     @classmethod
@@ -215,6 +219,11 @@ def make_plan(
     linear layer at or above its break-even rank.
 
     Raises `ValueError` for an unknown name, a rank below 1 or above the full one, or a part that cannot be factored.
+
+    >>> from leanvit import comcat, models
+    >>> plan = comcat.make_plan(models.create("embedded_vit"), {"fc1": 32, "blocks.0.mlp.fc1": None, "head": 4})
+    >>> plan.ranks["blocks.1.mlp.fc1"], "blocks.0.mlp.fc1" in plan.ranks
+    (32, False)
     """
     _one_of("mode", mode, MODES)
     bias = bias or ("none" if mode == "faithful" else "absorb")
@@ -259,9 +268,13 @@ def _one_of(what: str, value: object, known: tuple[str, ...]) -> None:
 
 
 def check_plan(model: nn.Module, plan: Plan) -> list[Part]:
-    """The parts of `model`, after making sure that `plan` was made for a model of these shapes (`ValueError`)."""
+    """The parts of `model`, after making sure that `plan` was made for a model of these shapes.
+
+    Raises `ValueError` where it was not, `TypeError` for something that is no `Plan`.
+    """
     if not isinstance(plan, Plan):
-        raise TypeError(f"ComCAT: a Plan is needed, got {type(plan).__name__}; see make_plan and Plan.from_json")
+        kind = f"{type(plan).__module__}.{type(plan).__name__}"
+        raise TypeError(f"ComCAT: a leanvit.comcat_plan.Plan is needed, got {kind}; see make_plan and Plan.from_json")
     found, _ = parts(model)
     mine = {p.name: [p.heads, p.inputs, p.outputs, p.full] for p in found}
     if mine != plan.shapes:

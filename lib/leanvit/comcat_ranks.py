@@ -51,6 +51,7 @@ def authors_budget(model: nn.Module, reduction: float) -> int:
     """The authors' epsilon: weights left for the parts when `reduction` of (patch embedding + parts) shall go.
 
     `(1 - reduction) (w_patch + w_parts) - w_patch` (specification 2.3): 10,661,376 for DeiT-S at 0.5.
+    Raises `ValueError` for a reduction that is not between 0 and 1.
     """
     if not 0 < reduction < 1:
         raise ValueError(f"authors_budget: reduction={reduction} must lie between 0 and 1 (0.5 takes half away)")
@@ -69,7 +70,8 @@ def paper_parameters(model: nn.Module) -> int:
 def linear_macs(model: nn.Module, images: Tensor | None = None) -> int:
     """Multiply-adds of the linear and convolution layers for one image: the paper's "FLOPs" (4,241,218,560, DeiT-S).
 
-    Counted by torch on the model as it is; products inside the attention (QK^T, AV) are left out.
+    Counted by torch on the model as it is, from `images (B, 3, H, W)`, one of zeros by default; products inside the
+    attention (QK^T, AV) are left out.
     """
     if images is None:
         size = model.patch_embed.img_size
@@ -83,7 +85,10 @@ def linear_macs(model: nn.Module, images: Tensor | None = None) -> int:
 
 
 def attention_macs(model: nn.Module, tokens: int) -> int:
-    """Multiply-adds of QK^T and AV for one image, `N^2 (R1 + R2)` a layer, without the padding of unequal widths."""
+    """Multiply-adds of QK^T and AV for one image, `N^2 (R1 + R2)` a layer, without the padding of unequal widths.
+
+    What the papers' FLOPs leave out (specification 4.2).
+    """
     total = 0
     for module in model.modules():
         if isinstance(getattr(module, "qkv", None), nn.Linear) and hasattr(module, "num_heads"):
@@ -157,6 +162,7 @@ def uniform_ranks(model: nn.Module, *, attention: float = 0.0, mlp: float = 0.0)
     """Ranks that take the same part of the weights (0 .. 1) out of every attention, or out of every MLP layer.
 
     The setting of the paper's Tables 1 and 4. The part removed is at least what is asked for.
+    Raises `ValueError` for one outside of 0 .. 1, 1 excluded.
     """
     ranks = {}
     for part in parts(model)[0]:
@@ -200,7 +206,8 @@ def between(part: Part, ranks: Sequence[int | None]) -> list[int | None]:
 def curve(part: Part, energy: Tensor, ranks: Sequence[int | None] | None = None, weight: float = 1.0) -> Points:
     """What each rank of a part costs and keeps: `gain = weight * (energy of the directions kept)`.
 
-    `ranks`: those allowed (None is dense); by default every one that pays, then dense.
+    `energy (directions,)` of the part's `Spectrum`. `ranks`: those allowed (None is dense); by default every one that
+    pays, then dense.
     """
     kept = torch.cumsum(energy.double(), 0).tolist()
     if ranks is None:
@@ -302,10 +309,14 @@ def sensitivity(
     Each part in turn keeps `part_kept` of its ranks. The batches are gone through once for each part, and once dense.
     Give statistics: the energy of plain singular values says little about the outputs, and ranks by such weights were
     worse than without (embedded backbone, 70 % removed: KL 0.061 against 0.014; with statistics 0.004 against 0.013).
+    A measure of ours, of no paper. Raises `ValueError` for no images, a part outside of 0 .. 1, statistics of
+    another model, or a model that cannot be factored.
     """
     batches = [images_of(b) for b in batches]
     if not batches:
         raise ValueError("sensitivity: there are no images")
+    if not 0 < part_kept < 1:
+        raise ValueError(f"sensitivity: part_kept={part_kept} must lie between 0 and 1")
     found, _ = parts(model)
     spectrum, device, result = spectra(model, statistics), device_of(model), {}
 

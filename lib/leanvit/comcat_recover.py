@@ -37,13 +37,17 @@ class Regression:
         self.n, self.x, self.y, self.xx, self.xy = 0, 0.0, 0.0, 0.0, 0.0
 
     def add(self, x: Tensor, y: Tensor) -> None:
+        """Take rows `x (n, k)` and their targets `y (n, out)` in."""
         x, y = x.double(), y.double()
         self.n += x.shape[0]
         self.x, self.y = self.x + x.sum(0), self.y + y.sum(0)
         self.xx, self.xy = self.xx + x.T @ x, self.xy + x.T @ y
 
     def solve(self, ridge: float, towards: Tensor, biased: bool) -> tuple[Tensor, Tensor | None]:
-        """`W (k, out)` and `b (out,)`; the ridge, in parts of the mean variance of x, pulls W to `towards`."""
+        """`W (k, out)` and `b (out,)`; the ridge, in parts of the mean variance of x, pulls W to `towards (k, out)`.
+
+        The normal equations of specification 6.5; without `biased`, b is None and the rows are not centred.
+        """
         mean_x, mean_y = self.x / self.n, self.y / self.n
         xx, xy = self.xx / self.n, self.xy / self.n
         if biased:

@@ -17,6 +17,8 @@ class Schedule:
     `adaptive=False` is ComCAT: every epoch from `first` on. Adaptive: the next search comes F epochs after the last;
     ranks count as the same when `sum |change| / sum <= tolerance`; F stays at or below `cap`. `faithful`: the released
     gate, epochs that F divides (so the gap after a search is the way to the next multiple of F); no tolerance, no cap.
+
+    Raises `ValueError` for a `first` or `tolerance` below 0, a `cap` below 1, and a faithful gate with one of the two.
     """
 
     adaptive: bool = True
@@ -59,9 +61,11 @@ class Schedule:
         return change <= self.tolerance * max(1, sum(old))
 
     def state_dict(self) -> dict:
+        """What `load_state_dict` needs to go on: plain data."""
         return {"coefficient": self.coefficient, "next": self.next, "history": [[e, list(r)] for e, r in self.history]}
 
     def load_state_dict(self, state: dict) -> None:
+        """Go on from what `state_dict` gave."""
         self.coefficient, self.next = state["coefficient"], state["next"]
         self.history = [(e, list(r)) for e, r in state["history"]]
 
@@ -75,7 +79,7 @@ def temperature(k: float, epochs: int, start: float = 5.0, end: float = 0.1) -> 
 
 
 def penalised(loss: Tensor, size: Tensor, budget: int, beta: float = 1.5, always: bool = False) -> Tensor:
-    """`loss (P / eps)^beta` for the expected size P (paper, Eq. 6).
+    """`loss (P / eps)^beta` for the expected size P (paper, Eq. 6); loss and size are scalars, P and eps count weights.
 
     The released code leaves the loss alone at P <= eps; `always` is the paper's form.
     """

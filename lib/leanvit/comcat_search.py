@@ -1,4 +1,4 @@
-"""ComCAT's differentiable search for ranks, in spectral-mask form, fixed or adaptive in time.
+"""ComCAT's differentiable search for ranks (arXiv 2305.17235, Eq. 4 to 6), fixed or adaptive in time.
 
 Each part has logits alpha over its candidate ranks and draws soft weights p of them, one Gumbel-softmax sample for a
 batch. The authors run the mixture of all truncated dense products, `sum_a p_a W^(a)` (reference: `comcat_mixture`). The
@@ -14,6 +14,7 @@ candidates, one way only, each choice factored anew with all of Sigma on the rig
 """
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace as changed
@@ -94,6 +95,8 @@ class RankSearch:
         if self.faithful and not (statistics is None and weights is None):
             raise ValueError("RankSearch: the faithful mode uses plain singular values; leave statistics, weights out")
         check_budget(budget)
+        if not 0 < beta < math.inf:
+            raise ValueError(f"RankSearch: beta={beta} must be > 0 and finite")
         several.agree_on_weights_(model)
         lr = (0.01 if self.faithful else 0.1) if lr is None else lr
         self.recut = Recut(model, mode, statistics)
@@ -177,8 +180,8 @@ class RankSearch:
         cover = [coverage(self.candidates[p.name], plan.ranks[p.name]) for p in self.parts]
         devices = [device] if device.type == "cuda" else []
         with surgery.undisturbed(self.model), modes_restored(self.model), torch.random.fork_rng(devices=devices):
-            drawn = int(torch.randint(2**31, (), generator=self.generator))
-            torch.manual_seed(drawn + several.rank())  # drop path, dropout
+            # drop path, dropout, and a loader's shuffling, which must be alike on all processes
+            torch.manual_seed(int(torch.randint(2**31, (), generator=self.generator)))
             with swapped(self.model, net.modules):
                 self.model.train(self.faithful)
                 for images, labels in batches:

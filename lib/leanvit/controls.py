@@ -54,7 +54,8 @@ def cut(
         batches, loss: for the Taylor terms of the isomorphic kinds: images `(B, 3, H, W)` and labels `(B,)`;
             cross-entropy by default.
 
-    Raises `ValueError`: a kind that is none, a budget that cannot be met, a model that cannot be cut.
+    Raises `ValueError`: a kind that is none, a budget that cannot be met, a model that cannot be cut. `MissingExtra`:
+    an isomorphic kind without Torch-Pruning.
     """
     if kind not in KINDS:
         raise ValueError(f"cut: {kind!r} is none of {', '.join(KINDS)}")
@@ -87,7 +88,7 @@ def isomorphic(
 
     One ratio for every kind of group is found by bisection, so that the model just meets the budget; heads are few and
     coarse, so what is left over then goes back to hidden units, the least important last. `batches` of images
-    `(B, 3, H, W)` and labels `(B,)`. Raises `ValueError` as `cut`, and for batches that are empty.
+    `(B, 3, H, W)` and labels `(B,)`. Raises `ValueError` as `cut` and for no batch, `MissingExtra` without the library.
     """
     shapes = read_shapes(model)
     extras.need("isomorphic pruning", "peers", "torch_pruning")

@@ -147,6 +147,8 @@ def interleaved(
         For each name `median_ms`, `p10_ms`, `p90_ms` (wall clock), `samples`, and `ratio_to_first`: the median over
         rounds of (first candidate's time / this one's time), larger is faster.
 
+    Raises `ValueError` without candidates or rounds.
+
     >>> import time
     >>> from leanvit import cost
     >>> naps = {"long": lambda: time.sleep(0.004), "short": lambda: time.sleep(0.001)}
@@ -154,6 +156,9 @@ def interleaved(
     >>> found["long"]["median_ms"] > 4, found["short"]["ratio_to_first"] > 1
     (True, True)
     """
+    if not candidates or rounds < 1 or warmup < 0:
+        told = f"{len(candidates)} candidates, rounds={rounds}, warmup={warmup}"
+        raise ValueError(f"interleaved: at least one candidate and one round are needed; got {told}")
     cuda = torch.device(device).type == "cuda"
     times: dict[str, list[float]] = {name: [] for name in candidates}
     clean: dict[str, list[bool]] = {name: [] for name in candidates}

@@ -80,7 +80,10 @@ PEVIT: dict[str, Callable[[nn.Module], object]] = {
 
 
 def pevit(method: str, name: str = CLIP_B32) -> Count:
-    """What `method` (a key of `PEVIT`) trains on a CLIP tower, with the mean head of the 20 data sets."""
+    """What `method` (a key of `PEVIT`) trains on a CLIP tower, with the mean head of the 20 data sets.
+
+    Raises `ValueError` for another method.
+    """
     classes = 20
     with torch.device("meta"):
         model = timm.create_model(name)
@@ -102,7 +105,10 @@ EXPANSION: dict[str, Callable[[nn.Module], object]] = {
 
 
 def expansion(method: str, name: str = DINO_B16, num_classes: int = 100) -> Count:
-    """What `method` (a key of `EXPANSION`) trains on a timm ViT, in block expansion's table."""
+    """What `method` (a key of `EXPANSION`) trains on a timm ViT, in block expansion's table.
+
+    Raises `ValueError` for another method.
+    """
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=num_classes)
     _method(EXPANSION, method)(model)

@@ -1,4 +1,4 @@
-"""The structural claims of ComCAT and Adaptive-ComCAT (params/2_comcat/claims.yaml), measured with the library.
+"""The structural claims of ComCAT's and Adaptive-ComCAT's papers (params/2_comcat/claims.yaml), with the library.
 
 No data and no weights: timm builds the DeiTs on the meta device, plans factor them, and what stands there is counted;
 `shown_comcat` has what is about values. `measured` gives `{claim id: our value}` for everything that needs nothing,

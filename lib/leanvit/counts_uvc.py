@@ -1,4 +1,4 @@
-"""UVC's published numbers that need neither data nor weights, counted and shown again by the library.
+"""UVC's numbers (arXiv 2203.08243) that need neither data nor weights, counted and shown again by the library.
 
 `measured()` gives our value of every such claim of params/5_uvc/claims.yaml: here the multiply-adds, through torch's
 counter on timm's DeiT models (meta device), R and slicing; in `counts_uvc_released.py` what the released solver does.
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from leanvit import cost, counts_uvc_released, surgery
+from leanvit import cost, counts_uvc_released, extras, surgery
 from leanvit.counts_uvc_released import DEIT, IMAGENET, Value, on_meta, skip_ratio, small_vit
 from leanvit.sites import blank_images
 from leanvit.uvc_math import flops_ratio
@@ -45,7 +45,7 @@ def flop_counts(model: nn.Module) -> dict[str, int]:
 
 
 def resource() -> dict[str, Value]:
-    """Multiply-adds of the DeiT models, by torch's counter, and R of skipped blocks."""
+    """Multiply-adds of the DeiT models, by torch's counter, and R of skipped blocks (UVC's specification, 1.6)."""
     found: dict[str, Value] = {}
     over = []
     for size, name in DEIT.items():
@@ -85,7 +85,11 @@ def resource() -> dict[str, Value]:
 
 
 def torch_pruning_macs() -> float:
-    """Multiply-adds of ViT-B/16 by Torch-Pruning's counter, which adds biases, norms and classifier."""
+    """Multiply-adds of ViT-B/16 by Torch-Pruning's counter, which adds biases, norms and classifier.
+
+    Raises `MissingExtra` where that library is not installed.
+    """
+    extras.need("Torch-Pruning's count", "peers", "torch_pruning")
     import torch_pruning
 
     model = on_meta("vit_base_patch16_224")
@@ -115,7 +119,7 @@ def slopes() -> dict[str, Value]:
 
 
 def plan_of_counts(shapes: Shapes, paper_macs: int, v_rows: int) -> Plan:
-    """A plan of which the authors' R counts `paper_macs`, `v_rows` of them in rows of removed value dimensions.
+    """A plan of which the authors' R counts `paper_macs` MACs, `v_rows` of them in rows of removed value dimensions.
 
     The kept heads, removed dimensions and kept units of such a plan follow from the two numbers (of several
     solutions, the one of fewest heads); which of them goes where is free.

@@ -1,4 +1,6 @@
-"""What UVC's released solver does whatever the images: schedules, gates, duals, flags, and the defects that decided it.
+"""What UVC's released solver does whatever the images: schedules, gates, duals, flags, the defects that decided it.
+
+The code released with arXiv 2203.08243, as the specification of UVC describes it (sections 2.2 to 5.1).
 
 Shown by running `FaithfulSearch` on random weights, by parsing the README's command, or by a few lines of torch.
 """
@@ -62,6 +64,7 @@ def faithful(steps_per_epoch: int = 4, model: nn.Module | None = None, follow: b
 
 
 def set_duals(search: FaithfulSearch, z: float, yp: float) -> None:
+    """Give the budget's multiplier and those of all counts these values, in place."""
     search.z.fill_(z)
     search.y.fill_(yp)
     search.p.fill_(yp)
@@ -233,7 +236,7 @@ def slope_of_clamp(distance: float) -> float:
 
 
 def lowest_budget_with_a_pull() -> float:
-    """With gates off R is 1: the smallest budget (in thousandths) whose search moves a count at all."""
+    """With gates off the released R is 1: the smallest budget (in thousandths) whose search moves a count at all."""
     search = faithful(enable_block_gating=0)
     norms = search.norms()
     set_duals(search, 1.0, 0.0)
@@ -249,6 +252,7 @@ def lowest_budget_with_a_pull() -> float:
 
 
 def expanded_gate_raises() -> bool:
+    """Gates as one expanded row of logits: does the optimiser refuse to write them?"""
     gate = nn.Parameter(torch.tensor([[-1.0, 1.0]]).expand(14, 2))
     gate.grad = torch.ones(14, 2)
     try:
@@ -269,6 +273,7 @@ def dead_units() -> int:
 
 
 def weights_optimiser_moves_logits() -> bool:
+    """Does the optimiser of the weights shrink the gates' logits by its weight decay, without any gradient?"""
     search = faithful(learning_rate=0.1)
     before = search.logits.detach().abs()
     search.logits.grad = torch.zeros_like(search.logits)
@@ -279,6 +284,7 @@ def weights_optimiser_moves_logits() -> bool:
 
 
 def duals_only_grow() -> bool:
+    """Do the counts' multipliers never fall, whatever is removed, and does the budget's fall when R is below it?"""
     search = faithful(budget=1.0)
     set_duals(search, 1.0, 0.5)
     grown, norms = True, search.norms()

@@ -39,7 +39,15 @@ def forget(model: nn.Module, method: str) -> None:
 
 
 def save(model: nn.Module, path: str | Path, *, names: Iterable[str] | None = None, header: dict | None = None) -> Path:
-    """`state.save`, and of a cut model all tensors (unless `names` says otherwise) with its plans in the header."""
+    """`state.save`, and of a cut model all tensors (unless `names` says otherwise) with its plans in the header.
+
+    >>> import leanvit
+    >>> from leanvit import baselines, models
+    >>> model = models.create("embedded_vit")
+    >>> report = baselines.lora_qv(model)
+    >>> leanvit.save(model, "adapter.safetensors").stat().st_size < 100_000  # what is trained, and the head
+    True
+    """
     done = history(model)
     if not done:
         return state.save(model, path, names=names, header=header)
@@ -49,14 +57,36 @@ def save(model: nn.Module, path: str | Path, *, names: Iterable[str] | None = No
     return state.save(model, path, names=names, header={**(header or {}), **more})
 
 
+def stored(path: str | Path, header: dict | None = None) -> list[list[str]]:
+    """The `history` of the model saved in a file, [] of one that was not cut.
+
+    Raises as `state.read_header` does, and `ValueError` for cuts that are malformed.
+    """
+    found = (state.read_header(path) if header is None else header).get("cuts", [])
+    pairs = [c for c in found if isinstance(c, list) and len(c) == 2] if isinstance(found, list) else None
+    if pairs != found or not all(isinstance(text, str) for pair in pairs for text in pair):
+        raise ValueError(f"load: {path}: its cuts must be pairs of a method and a plan, as leanvit.save writes them")
+    return found
+
+
 def load(model: nn.Module, path: str | Path) -> dict:
     """`state.load`; the plans of a cut model's file are applied first, as far as `model` was not cut by them already.
 
     A stock model of the saved architecture becomes the saved one: shapes, number of classes, tensors. In place. Raises
     as `state.load` does, and `ValueError` for a model that was cut otherwise; the model is then as it was.
+
+    >>> import leanvit
+    >>> from leanvit import comcat, models
+    >>> small = models.create("embedded_vit", depth=1)
+    >>> report = comcat.apply(small, comcat.make_plan(small, {"fc1": 32, "fc2": 32}))
+    >>> path = leanvit.save(small, "small.safetensors")
+    >>> stock = models.create("embedded_vit", depth=1)
+    >>> header = leanvit.load(stock, path)
+    >>> type(stock.blocks[0].mlp.fc1).__name__
+    'FactoredLinear'
     """
     header = state.read_header(path)
-    there, here = header.get("cuts", []), history(model)
+    there, here = stored(path, header), history(model)
     if [_plain(c) for c in there[: len(here)]] != [_plain(c) for c in here]:
         how = ", then ".join(m for m, _ in there) or "not at all"
         raise ValueError(

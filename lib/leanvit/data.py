@@ -14,11 +14,12 @@ import difflib
 import gzip
 import json
 import os
+import pickle
 import shutil
 import socket
 import urllib.error
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -59,6 +60,9 @@ _TORCHVISION: dict[str, tuple[str, list[dict]]] = {
     "sun397": ("SUN397", [{}]),
     "caltech101": ("Caltech101", [{}]),
 }
+# what torchvision raises where a set is not there, or not whole
+_NOT_THERE = (RuntimeError, FileNotFoundError, NotADirectoryError, ModuleNotFoundError)
+_NOT_THERE += (EOFError, pickle.UnpicklingError)
 _FER_CLASSES = ["angry", "disgusted", "fearful", "happy", "sad", "surprised", "neutral"]
 _VOC_CLASSES = (
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "
@@ -91,6 +95,14 @@ def load(
     `root` is the folder that holds the set; the default is `$LEANVIT_DATA`, else `data/` in the repository. `limit`
     keeps that many images, chosen with `seed`, as many of each class as can be. A torchvision set that is not there
     is downloaded. Raises `DataError`: unknown name, a set that is missing or damaged, fewer than two classes.
+
+    >>> from leanvit import data
+    >>> digits = data.load("digits", "train", limit=100)
+    >>> digits
+    ImageSet('digits', 100 images, 10 classes)
+    >>> image, label = digits[0]
+    >>> image.shape, image.dtype
+    (torch.Size([3, 32, 32]), torch.float32)
     """
     key = name.lower().replace("-", "_")
     key = key if key in NAMES else key.replace("_", "")
@@ -121,8 +133,13 @@ def _sha256_of(images, labels: torch.Tensor) -> str:
     """Of pixels and labels in memory; of the names, sizes and labels of files (reading them all would take minutes)."""
     if isinstance(images, torch.Tensor):
         return sha256(images.contiguous().numpy().data, labels.numpy().astype("<i8").tobytes())
-    names = [f"{p.parent.name}/{p.name} {p.stat().st_size}" if isinstance(p, Path) else "" for p in images]
+    names = (_name_and_size(p) if isinstance(p, str | Path) else "" for p in images)
     return sha256("\n".join(names).encode(), labels.numpy().astype("<i8").tobytes())
+
+
+def _name_and_size(file: str | Path) -> str:
+    folder, name = os.path.split(file)
+    return f"{os.path.basename(folder)}/{name} {os.stat(file).st_size}"
 
 
 def _cut(labels: torch.Tensor, split: str) -> torch.Tensor:
@@ -202,11 +219,12 @@ def _imagefolder(root: str | Path | None, split: str) -> ImageSet:
     classes = _class_folders(base / "train" if has_splits else base)
     if has_splits and (unknown := sorted(set(_class_folders(folder)) - set(classes))):
         raise DataError(f"imagefolder: {folder} has classes that {base / 'train'} has not: {', '.join(unknown[:5])}")
-    files, labels, endings = [], [], tv.folder.IMG_EXTENSIONS
+    files, labels = [], []
     for label, name in enumerate(classes):
-        found = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in endings and p.is_file())
+        found = sorted(_images_below(folder / name), key=_by_parts)
         if not found and folder != test:
-            raise DataError(f"imagefolder: class folder {folder / name} holds no image ({', '.join(endings)})")
+            endings = ", ".join(tv.folder.IMG_EXTENSIONS)
+            raise DataError(f"imagefolder: class folder {folder / name} holds no image ({endings})")
         files += found
         labels += [label] * len(found)
     sizes = Counter(labels)
@@ -219,6 +237,21 @@ def _imagefolder(root: str | Path | None, split: str) -> ImageSet:
     labels = torch.tensor(labels, dtype=torch.long)
     whole = ImageSet("imagefolder", classes, labels, files, _sha256_of(files, labels))
     return whole if has_splits else subset(whole, _cut(labels, split).tolist())
+
+
+def _images_below(folder: Path | str) -> Iterator[str]:
+    """Image files at any depth; the system tells while listing what is a file, so no file is asked one by one."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _images_below(entry.path)
+            elif os.path.splitext(entry.name)[1].lower() in tv.folder.IMG_EXTENSIONS and entry.is_file():
+                yield entry.path
+
+
+def _by_parts(path: str | Path) -> str:
+    """A key that sorts paths folder by folder, as `Path` compares, and much faster."""
+    return str(path).replace(os.sep, "\0")
 
 
 def _class_folders(folder: Path) -> list[str]:
@@ -250,7 +283,9 @@ def _open_torchvision(name: str, cls: str, root: Path, args: dict):
     make, folder = getattr(tv, cls), "stanford_cars" if name == "stanfordcars" else ""
     try:
         return make(str(root), **args)
-    except (RuntimeError, FileNotFoundError, ModuleNotFoundError, NotADirectoryError) as error:
+    except _NOT_THERE as error:
+        if name == "imagenet" and all((root / part).exists() for part in ("meta.bin", args["split"])):
+            raise DataError(_incomplete_imagenet(root, error)) from None
         package = _lacks_package(error)
         needs = f"torchvision needs the package {package} to read this set: pip install {package}" if package else ""
         if name in _BY_HAND and not (needs and (root / folder).is_dir()):
@@ -274,6 +309,13 @@ def _open_torchvision(name: str, cls: str, root: Path, args: dict):
         ) from None
     finally:
         socket.setdefaulttimeout(timeout)
+
+
+def _incomplete_imagenet(root: Path, error: Exception) -> str:
+    if isinstance(error, OSError):  # a class without an image, a folder that may not be read
+        return f"imagenet in {root} is not complete: {str(error).splitlines()[0]}"
+    again = "remove it, and torchvision makes it again from ILSVRC2012_devkit_t12.tar.gz beside it"
+    return f"imagenet: {root / 'meta.bin'} cannot be read ({type(error).__name__}); {again}"
 
 
 def _lacks_package(error: Exception) -> str | None:
@@ -313,10 +355,10 @@ def _contents(name: str, found) -> tuple[torch.Tensor | list, torch.Tensor, list
     pairs = getattr(found, "_samples", None) or getattr(found, "samples", None)
     if pairs is None:  # Flowers102, Food101, FGVCAircraft, DTD, SUN397; OxfordIIITPet
         pairs = zip(getattr(found, "_image_files", None) or found._images, found._labels, strict=True)
-    pairs = sorted((Path(p), int(y)) for p, y in pairs)  # some list a folder in the file system's order
-    labels = torch.tensor([y for _, y in pairs])
+    pairs = sorted(pairs, key=lambda pair: _by_parts(pair[0]))  # some list a folder in the file system's order
+    labels = torch.tensor([int(y) for _, y in pairs])
     classes = getattr(found, "classes", None) or [str(c) for c in range(int(labels.max()) + 1)]
-    return [p for p, _ in pairs], labels, [c[0] if isinstance(c, tuple) else c for c in classes]
+    return [str(p) for p, _ in pairs], labels, [c[0] if isinstance(c, tuple) else c for c in classes]
 
 
 def _voc_labels(annotations: list[str]) -> torch.Tensor:

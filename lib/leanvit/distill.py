@@ -46,10 +46,10 @@ class Distill:
         blocks: Sequence[int] = (),
         alignment: float = 0.0,
     ):
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"Distill: alpha={alpha} must be in [0, 1]")
-        if not tau > 0:
-            raise ValueError(f"Distill: tau={tau} must be > 0")
+        if isinstance(alpha, str) or not 0 <= alpha <= 1:
+            raise ValueError(f"Distill: alpha={alpha!r} must be in [0, 1]")
+        if isinstance(tau, str) or not 0 < tau < math.inf:
+            raise ValueError(f"Distill: tau={tau!r} must be > 0 and finite")
         self.teacher, self.alpha, self.tau, self.hard, self.per_class = teacher, alpha, tau, hard, per_class
         self.blocks, self.alignment = list(blocks), alignment
         depth = len(getattr(teacher, "blocks", []))
@@ -81,7 +81,7 @@ class Distill:
         return value + self.alignment * self._apart(ours, theirs) if self.blocks else value
 
     def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """KD of logits `(B, classes)`."""
+        """KD of the logits `(B, classes)` of student and teacher, a scalar."""
         if self.hard:
             return F.cross_entropy(student, teacher.argmax(1))
         log_student, log_teacher = (F.log_softmax(t / self.tau, 1) for t in (student, teacher))

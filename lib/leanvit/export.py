@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from leanvit.evaluate import modes_restored
+from leanvit.uvc_modules import refuse_open_search
 
 # whose modules are for training, and the way back; adapters in series (Adapter, Compacter) are plain layers and stay
 LEFT = {
@@ -44,14 +45,23 @@ def export(model: nn.Module, path: str | Path, example: Tensor, *, dynamic_batch
     The folder of `path` is made where there is none.
 
     Raises:
-        ValueError: another suffix, too small a batch, or a method that is still attached (merge or detach it first).
+        ValueError: another suffix, too small a batch, a method that is still attached (merge or detach it first), or an
+            open search of UVC.
         ImportError: .onnx without onnx and onnxscript.
+
+    >>> import torch
+    >>> from leanvit import export, models
+    >>> model, images = models.create("embedded_vit", depth=1), torch.rand(2, 3, 32, 32)
+    >>> path = export.export(model, "small.pt2", images)
+    >>> torch.export.load(path).module()(images[:1]).shape  # any number of images
+    torch.Size([1, 10])
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise ValueError(f"export: {path.name} must end in {' or '.join(SUFFIXES)}")
     if dynamic_batch and example.shape[0] < 2:
         raise ValueError("export: example holds one image; give two, or dynamic_batch=False")
+    refuse_open_search(model, "export")
     left = left_behind(model)
     if left:
         name, back = next(iter(left.items()))

@@ -65,6 +65,11 @@ def split(dataset: ImageSet) -> tuple[ImageSet, ImageSet]:
 
     Several classes an image: an image is held out while one of its classes still lacks held-out images. Raises
     `DataError` for a class with one image, which would have none to train on.
+
+    >>> from leanvit import data, few_shot
+    >>> train, held_out = few_shot.split(data.load("digits", "train", limit=50))
+    >>> len(train), len(held_out)
+    (40, 10)
     """
     owned = classes_of(dataset)
     counts = [0] * len(dataset.classes)
@@ -149,6 +154,13 @@ def search(
     read before one: a search that was interrupted goes on with it. `on_run(cache)` is called after each new run, to
     store it. Raises `SearchFailed` when every run failed, `ValueError` where there is none, or the cache holds
     something else than scores.
+
+    >>> import math
+    >>> from leanvit import few_shot
+    >>> def score(lr, weight_decay):  # in place of a training: best at 0.01 and 1e-3
+    ...     return 1 - abs(math.log10(lr) + 2) - abs(math.log10(weight_decay) + 3)
+    >>> few_shot.search(score)
+    Best(lr=0.01, weight_decay=0.001, score=1.0, runs=90)
     """
     runs, peaks = _Runs(score, cache, on_run), []
     for lr in rates:
@@ -175,6 +187,11 @@ def cheap_search(
     """The default: every learning rate at the first weight decay, then the other decays at the best rate.
 
     8 runs in place of up to 90: a rate is judged at one decay alone. The rest is as in `search`.
+
+    >>> import math
+    >>> from leanvit import few_shot
+    >>> few_shot.cheap_search(lambda lr, weight_decay: -abs(math.log10(lr) + 2) - weight_decay)
+    Best(lr=0.01, weight_decay=1e-06, score=-1e-06, runs=8)
     """
     runs = _Runs(score, cache, on_run)
     first = runs.best([(lr, decay) for lr in rates for decay in decays[:1]])
@@ -230,6 +247,7 @@ def adapt(
     on_run: Callable[[MutableMapping], None] | None = None,
     eval_every: int | None = None,
     checkpoint_dir: str | Path | None = None,
+    processes: int = 1,
     **settings,
 ) -> Outcome:
     """One cell of the table: sample `shots` of `pool` with `seed`, search, train, and score on `test_set`.
@@ -237,28 +255,30 @@ def adapt(
     `build()` makes the model with the method attached, the same one each time. `metric` is a name of
     `evaluate.METRICS`; `settings` go to `recipe`. A run of the search scores its best epoch on the held-out fifth. The
     final training is on all shots, under the rule "val-best" on those that are not held out. Only it reads `test_set`,
-    every `eval_every` epochs (None: every epoch, for the rule "last" the last alone) and at the end.
-    Raises what `sample`, `split`, `find` and `train.fit` raise.
+    every `eval_every` epochs (None: every epoch, for the rule "last" the last alone) and at the end. `processes` as in
+    `train.fit`.
+    Raises what `sample`, `split`, `find` and `train.fit` raise, and `ValueError` for an unknown rule or metric.
     """
     measure = metric_of(metric)
     if rule not in RULES:
         raise ValueError(f"adapt: unknown rule {rule!r}: known are {', '.join(RULES)}")
     chosen = sample(pool, shots, seed)
     kept, held = split(chosen)
+    val, how = {"val": held}, {"metric": measure, "progress": False, "processes": processes}
 
     def score(lr: float, decay: float) -> float:
         sweep = recipe(lr, decay, sweep_epochs, **settings)
-        history = train.fit(build(), kept, sweep, test_set={"val": held}, metric=measure, progress=False)
+        history = train.fit(build(), kept, sweep, test_set=val, **how)
         return select(history, "val-best")["accuracies"]["val"]
 
     best = find(score, cache=cache, on_run=on_run)
-    sets = {"test": test_set} | ({"val": held} if rule == "val-best" else {})
+    sets = {"test": test_set} | (val if rule == "val-best" else {})
     if eval_every is None:
         eval_every = max(1, math.ceil(epochs)) if rule == "last" else 1
     model, final = build(), recipe(best.lr, best.weight_decay, epochs, **settings)
     history = train.fit(
-        model, kept if rule == "val-best" else chosen, final, test_set=sets, metric=measure, progress=False,
-        eval_every=eval_every, checkpoint_dir=checkpoint_dir,
+        model, kept if rule == "val-best" else chosen, final, test_set=sets, eval_every=eval_every,
+        checkpoint_dir=checkpoint_dir, **how,
     )  # fmt: skip
     entry = select(history, rule)
     return Outcome(_test_score(entry), rule, entry, history, best, model)

@@ -164,7 +164,17 @@ def knn(
 def knn_accuracy(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: Collection[int] = NEIGHBOURS, **settings
 ) -> dict[int, float]:
-    """`{k: part of the queries whose weighted vote is their label}`, in [0, 1]; `settings` as in `knn`."""
+    """`{k: part of the queries whose weighted vote is their label}`, in [0, 1]; `settings` as in `knn`.
+
+    `bank (M, D)`, `bank_labels (M,)`, `queries (N, D)`, `labels (N,)`. Raises `ValueError` as `knn`, for no query, and
+    for another number of labels.
+
+    >>> import torch
+    >>> from leanvit import forgetting
+    >>> bank, labels = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.1, 1.0]]), torch.tensor([0, 1, 1])
+    >>> forgetting.knn_accuracy(bank, labels, torch.tensor([[0.9, 0.1], [0.9, 0.2]]), torch.tensor([0, 1]), k=[1])
+    {1: 0.5}
+    """
     if labels.shape != queries.shape[:1]:
         raise ValueError(
             f"knn_accuracy: {len(queries)} queries need as many labels, one class each; got {tuple(labels.shape)}"
@@ -184,7 +194,10 @@ def _check_pair(what: str, before: Tensor, after: Tensor) -> None:
 
 
 def drift(before: Tensor, after: Tensor) -> float:
-    """1 - mean cosine of the features `(N, D)` of the same images before and after: 0 = unchanged, at most 2."""
+    """1 - mean cosine of the features `(N, D)` of the same images before and after: 0 = unchanged, at most 2.
+
+    Raises `ValueError` for features of different shapes, or that are not finite.
+    """
     _check_pair("drift", before, after)
     if before.shape != after.shape:
         raise ValueError(f"drift: {before.shape[1]} dimensions before and {after.shape[1]} after; cka compares those")
@@ -194,8 +207,8 @@ def drift(before: Tensor, after: Tensor) -> float:
 
 
 def cka(before: Tensor, after: Tensor) -> float:
-    """Linear centred kernel alignment of features `(N, D)` and `(N, D')` of the same images: 1 = same up to rotation
-    and scale, 0 = unrelated (Kornblith et al., arXiv 1905.00414, eq. 5).
+    """Linear centred kernel alignment of features `before (N, D)`, `after (N, D')` of the same images: 1 = same up to
+    rotation and scale, 0 = unrelated (Kornblith et al., arXiv 1905.00414, eq. 5).
 
     Raises `ValueError` where one side is the same for all images.
     """
@@ -221,9 +234,19 @@ def measure(
 
     Args:
         bank, queries: labelled images of the old task.
-        before: features of `queries` by the model before its adaptation; without it there is no drift and no CKA.
+        before: features `(N, D)` of `queries` by the model before its adaptation; without it no drift and no CKA.
         off: a context manager that switches the adapter off, e.g. `block_expansion.bypass`; without it no "off".
         settings: of `knn`.
+
+    >>> from leanvit import block_expansion, data, forgetting, models
+    >>> model = models.create("embedded_vit", depth=1)
+    >>> report = block_expansion.attach(model, p=1)
+    >>> looks = models.transforms(model, train=False)
+    >>> bank, queries = (data.load("fashion_mnist_10k", s, transform=looks, limit=20) for s in ("train", "test"))
+    >>> before = forgetting.features(model, queries)
+    >>> found = forgetting.measure(model, bank, queries, before=before, off=block_expansion.bypass, k=[5])
+    >>> found["adapted"]["drift"], found["off"] == found["adapted"]  # nothing was trained yet
+    (0.0, True)
     """
 
     def read() -> dict:

@@ -30,6 +30,7 @@ class FewShotHead(nn.Module):
 
     `batch_norm` adds a BatchNorm1d without weights. `frozen_after` is the demonstration named above: after so many
     training steps the norm uses its running statistics, in training too (one epoch of 5 shots is one step or a few).
+    Raises `ValueError` for a `frozen_after` below 1 or without the norm.
     """
 
     def __init__(
@@ -169,7 +170,8 @@ def class_embeddings(
 
     A template holds `{}` where the name goes. `pretrained` is a tag of open_clip or a file of weights. Store the result
     with `safetensors.torch.save_file(result, "classes.safetensors")`; `language_head` reads it, without open_clip.
-    Raises `ImportError` where open_clip is not installed, `WeightsError` where the weights cannot be had.
+    Raises `ImportError` where open_clip is not installed, `WeightsError` where the weights cannot be had, `ValueError`
+    for a template without `{}`.
     """
     wrong = [t for t in templates if "{}" not in t]
     if not templates or wrong:

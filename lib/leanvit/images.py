@@ -1,12 +1,13 @@
 """Labelled images: the set, a part of it, and reading an image file of any kind."""
 
 import hashlib
+import os
 import random
 import struct
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,20 +26,49 @@ class DataError(ValueError):
     """A set of images that is missing, damaged or malformed. The message is one line and says what would be right."""
 
 
+class Files(Sequence):
+    """Paths of N files as one array of bytes and one of N ends; `[i]` is a str.
+
+    A million paths as objects take several hundred MB, and every process that loads images would copy them bit by bit,
+    because looking at an object writes to its count of references. Arrays stay shared.
+    """
+
+    def __init__(self, paths: Iterable[str | Path]):
+        names = [os.fsencode(path) for path in paths]
+        self.ends = np.cumsum([len(name) for name in names], dtype=np.int64)
+        self.text = np.frombuffer(b"".join(names), np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, i: int) -> str:
+        i = range(len(self))[i]  # negative indices; IndexError past the end
+        return os.fsdecode(self.text[self.ends[i - 1] if i else 0 : self.ends[i]].tobytes())
+
+    def take(self, indices: Iterable[int]) -> "Files":
+        """The files at `indices`, in that order."""
+        return Files(self[i] for i in indices)
+
+
 class ImageSet(Dataset):
     """Labelled images.
 
-    `images` is a uint8 tensor (N, C, H, W) with C 1 or 3 for sets in memory, or a sequence of N image files, or of
-    functions that return a PIL image. `[i]` gives (image float32 (3, H, W), label int); without a transform the image
+    `images` is a uint8 tensor (N, C, H, W) with C 1 or 3 for sets in memory, or a sequence of N image files (a list of
+    paths is kept as `Files`; a file is read when its image is asked for, and not kept), or of N functions that return a
+    PIL image. `[i]` gives (image float32 (3, H, W), label int); without a transform the image
     is scaled to 0..1 and not normalised. A transform with the attribute `batched` (`models.transforms`) takes uint8
     tensors, whole batches of sets in memory at once; every other transform takes one RGB PIL image.
 
-    Labels are whole numbers (N,). Where an image has several classes, or none, they are zeros and ones (N, classes),
-    kept as float32, and `[i]` gives a row of them.
+    Labels are whole numbers `(N,)`. Where an image has several classes, or none, they are zeros and ones
+    `(N, classes)`, kept as float32, and `[i]` gives a row of them.
+
+    Raises `DataError` for another number of labels than of images, and labels that are no class.
     """
 
     def __init__(self, name: str, classes: list[str], labels, images, sha256: str, transform: Callable | None = None):
         self.name, self.classes, self.sha256 = name, list(classes), sha256
+        if isinstance(images, list) and images and isinstance(images[0], str | Path):
+            images = Files(images)
         self.images, self.transform = images, transform
         labels = torch.as_tensor(labels)
         self.labels = labels.to(torch.float32 if labels.ndim == 2 else torch.long)
@@ -64,6 +94,7 @@ class ImageSet(Dataset):
 
     @property
     def in_memory(self) -> bool:
+        """Is it one tensor, and no files or functions?"""
         return isinstance(self.images, torch.Tensor)
 
     def pil(self, i: int) -> Image.Image:
@@ -104,11 +135,19 @@ def collate(batch):
 
 
 def subset(dataset: ImageSet, indices: Sequence[int]) -> ImageSet:
-    """The images at `indices`, in that order; classes, labels and transform are kept."""
+    """The images at `indices`, in that order; classes, labels and transform are kept.
+
+    Raises `DataError` for an index outside of the set.
+    """
     index = torch.as_tensor(indices, dtype=torch.long)
     if len(index) and not -len(dataset) <= int(index.min()) <= int(index.max()) < len(dataset):
         raise DataError(f"subset of {dataset.name}: index outside 0..{len(dataset) - 1}")
-    images = dataset.images[index] if dataset.in_memory else [dataset.images[i] for i in index.tolist()]
+    if dataset.in_memory:
+        images = dataset.images[index]
+    elif isinstance(dataset.images, Files):
+        images = dataset.images.take(index.tolist())
+    else:
+        images = [dataset.images[i] for i in index.tolist()]
     digest = sha256(dataset.sha256.encode(), index.numpy().astype("<i8").tobytes())
     return ImageSet(dataset.name, dataset.classes, dataset.labels[index], images, digest, dataset.transform)
 
@@ -121,6 +160,10 @@ def few_shot(dataset: ImageSet, shots: int, seed: int) -> ImageSet:
     class has at most half of `shots` or its commonest at most one and a half; up to `shots` images without a class are
     kept; the walk ends when every class has `shots`. A class may then end with more than `shots`, and rarely with
     fewer. Raises `DataError` where the whole set has fewer than `shots` of a class.
+
+    >>> from leanvit import data
+    >>> data.few_shot(data.load("digits", "train"), shots=5, seed=0)
+    ImageSet('digits', 50 images, 10 classes)
     """
     if shots < 1:
         raise DataError(f"{shots} shots of {dataset.name}: it must be at least 1")
@@ -192,6 +235,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def sha256(*parts: bytes) -> str:
+    """SHA-256 of the parts one after the other, in hexadecimal digits."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
@@ -199,7 +243,7 @@ def sha256(*parts: bytes) -> str:
 
 
 def balanced(labels: torch.Tensor, count: int, seed: int) -> torch.Tensor:
-    """`count` indices, as many of each class as can be, in a shuffled order."""
+    """`count` indices `(count,)` into `labels (N,)`, as many of each class as can be, in a shuffled order."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)
     seen: dict[int, int] = {}

@@ -34,7 +34,8 @@ _ORDER = 16  # the transform goes along axes of at most this length, each a matr
 def walsh_hadamard(x: Tensor) -> Tensor:
     """`H x` for `x (L,)`, L a power of two, H unnormalised in natural order (`scipy.linalg.hadamard`): O(L log L).
 
-    `H_L` is the Kronecker product of `H_16`s, each of which acts on one axis of `x` seen as (…, 16, 16).
+    `H_L` is the Kronecker product of `H_16`s, each of which acts on one axis of `x` seen as (…, 16, 16). What Fastfood
+    (Le, Sarlos, Smola, ICML 2013) mixes with. Raises `ValueError` for a tensor of another shape.
     """
     length = x.numel()
     if x.dim() != 1 or length < 1 or length & (length - 1):
@@ -89,7 +90,7 @@ class Subspace(nn.Module):
         self.maps = nn.ModuleList(Fastfood(p.numel(), d, generator, device) for p in parameters.values() if d)
 
     def parameters_now(self) -> dict[str, Tensor]:
-        """`{name in base: theta_0 + P z}`."""
+        """`{name in base: theta_0 + P z}`, each of the same shape as theta_0."""
         own = dict(self.base.named_parameters())
         if self.intrinsic_z is None:
             return own
@@ -158,7 +159,10 @@ def attach(model: nn.Module, name: str, d: int, seed: int = 0) -> Report:
 
 
 def reference(model: nn.Module, name: str) -> Report:
-    """Train all parameters of the module called `name`, and the head: what d90 is measured against."""
+    """Train all parameters of the module called `name`, and the head: what d90 is measured against.
+
+    Raises `ValueError` for a name that is none.
+    """
     _module(model, name, "reference")
     head = head_parameters(model)
     freeze(model, keep=lambda n: n in head or n.startswith(name + "."))
@@ -178,8 +182,10 @@ def _subspace(model: nn.Module, what: str) -> tuple[str, Subspace]:
 
 
 def merge(model: nn.Module) -> Merged:
-    """Make `theta_0 + P z` the weights; the stock module is back, with the same outputs. `unmerge()` of what it returns
-    undoes it."""
+    """Make `theta_0 + P z` the weights; the stock module is back, with the same outputs.
+
+    `unmerge()` of what it returns undoes it. Raises `ValueError` where no subspace is attached.
+    """
     name, subspace = _subspace(model, "merge")
     undo = Merged(model, [name])
     fold(model, name, subspace.merged(), "a subspace")
@@ -187,6 +193,9 @@ def merge(model: nn.Module) -> Merged:
 
 
 def detach(model: nn.Module) -> None:
-    """Drop z: the module as it was, bit for bit. What may be trained stays as it is."""
+    """Drop z: the module as it was, bit for bit. What may be trained stays as it is.
+
+    Raises `ValueError` where no subspace is attached.
+    """
     name, subspace = _subspace(model, "detach")
     replace(model, name, subspace.base)

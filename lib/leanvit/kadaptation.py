@@ -64,7 +64,10 @@ def parameters_formula(
 
 
 class Start:
-    """How parameters begin: drawn on the CPU in float32, so that a seed means the same on every device."""
+    """How parameters begin: drawn on the CPU in float32, so that a seed means the same on every device.
+
+    They get dtype and device of `like`, a tensor of any shape. Magnitudes by mode: specification 1.7.
+    """
 
     def __init__(self, mode: str, seed: int | None, like: Tensor):
         self.mode, self.like = mode, like
@@ -74,15 +77,18 @@ class Start:
         return nn.Parameter(value.to(self.like.device, self.like.dtype))
 
     def zeros(self, *shape: int) -> nn.Parameter:
+        """What starts at zero in every mode: v and b."""
         return self._parameter(torch.zeros(shape))
 
     def rule(self, *shape: int, std: float) -> nn.Parameter:
+        """A factor of A_i, or A_i itself: normal of deviation `std` ("fixed"), else uniform in +-0.01."""
         value = torch.empty(shape)
         if self.mode == "fixed":
             return self._parameter(value.normal_(std=std, generator=self.generator))
         return self._parameter(value.uniform_(-0.01, 0.01, generator=self.generator))
 
     def left(self, n: int, rows: int, rank: int) -> nn.Parameter:
+        """u `(n, rows, rank)`: normal, or zeros as released."""
         if self.mode == "released":
             return self.zeros(n, rows, rank)
         std = rows**-0.5 if self.mode == "fixed" else 0.02
@@ -112,7 +118,7 @@ class Rules(nn.Module):
 
 
 class Kronecker(nn.Module):
-    """One layer's update of its queries or values, a delta of `qkv.Shifted`.
+    """One layer's update `x (..., k) -> (..., m)` of its queries or values (specification 1.3); see `qkv.Shifted`.
 
     `kad_u (n, k/n, r)`, `kad_v (n, m/n, r)` and `kad_bias (m,)` are its own, or None where it uses those of `partner`
     (the queries' delta of the same attention). Rules and partner belong to others and are not its submodules, so that
@@ -149,6 +155,7 @@ class Kronecker(nn.Module):
 
     @property
     def rules(self) -> Rules:
+        """The A_i, which other layers share."""
         return self.elsewhere[0]
 
     def pair(self) -> tuple[Tensor, Tensor]:
@@ -175,7 +182,7 @@ class Kronecker(nn.Module):
         return self.scale * self.matrix(torch.float64).T
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        """`P, Q` with `scale * H = P Q^T`, or None where A_i are full or dropout masks H."""
+        """`P (k, n rA r)` and `Q (m, n rA r)`, `scale * H = P Q^T`; None where A_i are full or dropout masks H."""
         rules = self.rules
         if rules.rank is None or (self.training and self.dropout):
             return None
@@ -199,8 +206,10 @@ class Kronecker(nn.Module):
 
 
 class Released(Kronecker):
-    """The released update of one layer: the docstring of this file, (b) to (d). Its values have u, v of their own that
-    no one reads."""
+    """The released update `(B, N, k) -> (B, N, m)` of one layer: the docstring of this file, (b) to (d).
+
+    Its values have u, v of their own that no one reads.
+    """
 
     def pair(self) -> tuple[Tensor, Tensor]:
         owner = self.elsewhere[1] or self
@@ -281,6 +290,13 @@ def attach(
     Raises:
         ValueError: no attention or none chosen, n that does not divide a width, an argument out of range, an adapter
             that is there already or was merged into the weights; the model is then as it was.
+
+    >>> from leanvit import kadaptation, models
+    >>> report = kadaptation.attach(models.create("embedded_vit"), n=16)
+    >>> report.matched[:2]
+    ['blocks.0.attn.qkv', 'blocks.1.attn.qkv']
+    >>> report.trainable - kadaptation.parameters_formula(width=96, depth=6, n=16)  # the head
+    970
     """
     if mode not in MODES:
         raise ValueError(f"kadaptation: mode={mode!r} is not one of {', '.join(MODES)}")
@@ -348,6 +364,14 @@ def merge(model: nn.Module) -> Merged:
     What it returns undoes it: `merged = merge(model)`, later `merged.unmerge()`. Where the stock layer and its
     attention have no bias, the layer gets one (timm then needs `qkv_bias=True`). Raises `ValueError` where nothing is
     attached, and for mode "released", which is no weight.
+
+    >>> from leanvit import kadaptation, models
+    >>> model = models.create("embedded_vit")
+    >>> report = kadaptation.attach(model)  # and a training
+    >>> merged = kadaptation.merge(model)
+    >>> type(model.blocks[0].attn.qkv).__name__
+    'Linear'
+    >>> merged.unmerge()
     """
     layers, owner = _attached(model, "merge")
     for name, layer in layers:
@@ -357,7 +381,10 @@ def merge(model: nn.Module) -> Merged:
 
 
 def detach(model: nn.Module) -> None:
-    """Drop the updates: the layers that KAdaptation found, bit for bit. What may be trained stays as it is."""
+    """Drop the updates: the layers that KAdaptation found, bit for bit. What may be trained stays as it is.
+
+    Raises `ValueError` where nothing is attached.
+    """
     _, owner = _attached(model, "detach")
     qkv.detach(model, Kronecker)
     del owner.kad_rules

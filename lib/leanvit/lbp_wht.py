@@ -45,7 +45,12 @@ Basis = tuple[int, int]  # vertical and horizontal sequency
 
 
 def low_pass_l1(k: int, order: int = 8) -> list[Basis]:
-    """LP_L1-k: `r + c <= k - 1`, row-major. `R = k(k+1)/2` for `k <= order` (specification 2.1)."""
+    """LP_L1-k: `r + c <= k - 1`, row-major. `R = k(k+1)/2` for `k <= order` (specification 2.1).
+
+    >>> from leanvit import lbp_wht
+    >>> lbp_wht.low_pass_l1(2)
+    [(0, 0), (0, 1), (1, 0)]
+    """
     return [(r, c) for r in range(order) for c in range(order) if r + c < k]
 
 
@@ -55,7 +60,10 @@ def low_pass_linf(k: int, order: int = 8) -> list[Basis]:
 
 
 def low_error(energy: Tensor, rank: int) -> list[Basis]:
-    """LHE: the `rank` bases with most gradient energy `(n, n)`, strongest first (specification 2.3)."""
+    """LHE: the `rank` bases with most gradient energy `(n, n)`, strongest first (specification 2.3).
+
+    Raises `ValueError` for a rank that a block of this order does not have, or an energy that is not finite.
+    """
     order = energy.shape[0]
     if not 1 <= rank <= order**2:
         raise ValueError(f"LHE-{rank}: an order-{order} block has 1 to {order**2} bases")
@@ -68,8 +76,15 @@ def low_error(energy: Tensor, rank: int) -> list[Basis]:
 def parse_bases(bases: str | Iterable[Basis], order: int = 8, energy: Tensor | None = None) -> list[Basis]:
     """Bases by name (`"LP_L1-4"`, `"LP_Linf-3"`, `"DC"`, `"LHE-10"`) or an explicit list of `(r, c)`.
 
+    LHE needs the layer's gradient `energy (order, order)` (specification, section 2).
+
+    >>> from leanvit import lbp_wht
+    >>> lbp_wht.parse_bases("LP_Linf-2")
+    [(0, 0), (0, 1), (1, 0), (1, 1)]
+
     Raises:
-        ValueError: unknown name, a size that no block of this order has, malformed, repeated or no pairs.
+        ValueError: unknown name or order, a size that no block of this order has, no energy or one of another order,
+            malformed, repeated or no pairs (a `TypeError` of theirs becomes one).
     """
     if order not in walsh.ORDERS:
         raise ValueError(f"order {order} is not one of {walsh.ORDERS}")
@@ -209,14 +224,20 @@ class _LowRankConv(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, setting: Setting, grid: tuple[int, int]) -> Tensor:
-    """`F.linear(x, weight, bias)` for `x: (B, prefix + h*w, Ci)` with low-rank gradients; differentiable once."""
+    """`F.linear(x, weight, bias)` for `x: (B, prefix + h*w, Ci)` with low-rank gradients; differentiable once.
+
+    `weight: (Co, Ci)`, `bias: (Co,)`; gives `(B, prefix + h*w, Co)` (specification 1.4 and 1.5).
+    """
     if not torch.is_grad_enabled() or not (x.requires_grad or weight.requires_grad):
         return F.linear(x, weight, bias)  # at most the bias learns, which is exact and saves nothing
     return _LowRankLinear.apply(x, weight, bias, setting, grid)
 
 
 def conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None, setting: Setting) -> Tensor:
-    """`F.conv2d(x, weight, bias)` for `x: (B, Ci, H, W)`, `weight: (Co, Ci, 1, 1)`, with low-rank gradients."""
+    """`F.conv2d(x, weight, bias)` for `x: (B, Ci, H, W)`, `weight: (Co, Ci, 1, 1)`, with low-rank gradients.
+
+    Gives `(B, Co, H, W)` (specification 1.6).
+    """
     if not torch.is_grad_enabled() or not (x.requires_grad or weight.requires_grad):
         return F.conv2d(x, weight, bias)
     return _LowRankConv.apply(x, weight, bias, setting)
@@ -251,6 +272,11 @@ class LBPLinear(nn.Linear):
     setting: Setting
 
     def forward(self, x: Tensor) -> Tensor:
+        """`(B, prefix + h*w, Ci) -> (B, prefix + h*w, Co)`, or `(B, H, W, Ci) -> (B, H, W, Co)`.
+
+        In training mode `ValueError` for another layout or number of tokens than attached for, `TypeError` for an
+        input that is not floating-point.
+        """
         if not self.training:
             return super().forward(x)
         grid = _grid(x, self.setting)
@@ -266,6 +292,7 @@ class LBPConv2d(nn.Conv2d):
     setting: Setting
 
     def forward(self, x: Tensor) -> Tensor:
+        """`(B, Ci, H, W) -> (B, Co, H, W)`; in training mode `ValueError` or `TypeError` as `LBPLinear.forward`."""
         if not self.training:
             return super().forward(x)
         _grid(x, self.setting)
@@ -293,6 +320,7 @@ class LowPrecisionGELU(nn.GELU):
     dtype: torch.dtype
 
     def forward(self, x: Tensor) -> Tensor:
+        """GELU of `x (...)` of any shape, `(...)`, differentiable once."""
         if (
             not (self.training and x.requires_grad and torch.is_grad_enabled())
             or x.element_size() <= self.dtype.itemsize
@@ -318,8 +346,10 @@ def gradient_energy(
     Runs `loss()` (a closure that computes the loss of a calibration batch on `model`) once, forward and backward, with
     exact gradients; the parameters' `.grad` are left as they were. `E[r, c]` sums the squares over images, blocks and
     channels; by Parseval the energy of the dropped bases is the squared error of the projected gradient
-    (specification 2.3).
+    (specification 2.3). `match` and `example (B, 3, H, W)` as in `find_sites`, which raises `ValueError` for a model or
+    an example that it cannot use.
     """
+    _check(order, pad)
     sites, _ = find_sites(model, match, example)
     everything = _flat(tuple(low_pass_linf(order, order)))
     energy = {site.name: torch.zeros(order, order, dtype=torch.float64) for site in sites}
@@ -353,6 +383,13 @@ def gradient_energy(
             module.training = training
         join_qkv_bias(model)
     return energy
+
+
+def _check(order: int, pad: str) -> None:
+    if order not in walsh.ORDERS:
+        raise ValueError(f"order {order} is not one of {walsh.ORDERS}")
+    if pad not in ("zero", "reflect"):
+        raise ValueError(f"pad {pad!r} is neither 'zero' nor 'reflect'")
 
 
 # --- attach and detach -----------------------------------------------------------------------------------------------
@@ -415,6 +452,13 @@ def attach(
 ) -> Report:
     """Let the linear layers of a timm ViT back-propagate in a few Walsh-Hadamard bases. In place; same forward.
 
+    >>> import timm
+    >>> from leanvit import lbp_wht
+    >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=2, depth=2, num_classes=4)
+    >>> print(lbp_wht.attach(model, "LP_L1-2"))
+    LBP-WHT: 8 layers, 942,916 of 942,916 parameters trained
+      skipped head: the classifier stays exact
+
     Args:
         model: any timm model whose linear layers see `(B, N, C)`, `(B, H, W, C)` or `(B, C, H, W)` (1x1 convolutions).
         bases: of the input gradient, and of the weight gradient unless `weight_bases` says otherwise: `"LP_L1-k"`,
@@ -424,10 +468,11 @@ def attach(
         scope: "full" trains everything, "last" the last stage and the head, `None` leaves `requires_grad` alone (the
             one to use beside LoRA). With "last" only the layers of that stage are treated.
         match: `match(name, module) -> bool` chooses the layers; without it all but heads and very narrow ones.
-        energy: what `gradient_energy` returned. shared: LHE keeps one set for all layers instead of one for each.
+        energy: what `gradient_energy` returned, `{layer: (order, order)}`.
+        shared: LHE keeps one set for all layers instead of one for each.
         exact_when: "slower" leaves a layer exact where nothing is saved or a measured table says so; "never" does not.
         gelu_input: `torch.bfloat16` saves the input of GELUs beside treated layers at that precision.
-        example, grid, prefix_tokens: as in `find_sites`.
+        example, grid, prefix_tokens: as in `find_sites`; `example` is `(B, 3, H, W)`.
 
     Returns:
         A `Report` of the layers matched, those that stay exact and why, and the parameter counts.
@@ -435,8 +480,7 @@ def attach(
     Raises:
         ValueError: nothing matched, or an argument that does not fit; the model is then as it was.
     """
-    if pad not in ("zero", "reflect"):
-        raise ValueError(f"pad {pad!r} is neither 'zero' nor 'reflect'")
+    _check(order, pad)
     if exact_when not in ("slower", "never"):
         raise ValueError(f"exact_when {exact_when!r} is neither 'slower' nor 'never'")
     if gelu_input is not None and not (isinstance(gelu_input, torch.dtype) and gelu_input.is_floating_point):
@@ -520,7 +564,18 @@ def attach(
 
 
 def detach(model: nn.Module) -> None:
-    """Put the stock layers back, with the trained weights in them. Raises ValueError where nothing is attached."""
+    """Put the stock layers back, with the trained weights in them. Raises `ValueError` where nothing is attached.
+
+    >>> import timm
+    >>> from leanvit import lbp_wht
+    >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=2, depth=1, num_classes=4)
+    >>> report = lbp_wht.attach(model, "LP_L1-2", scope="full")
+    >>> type(model.blocks[0].mlp.fc1).__name__
+    'LBPLinear'
+    >>> lbp_wht.detach(model)
+    >>> type(model.blocks[0].mlp.fc1).__name__
+    'Linear'
+    """
     if not model.__dict__.pop(ATTACHED, False):
         raise ValueError(f"LBP-WHT is not attached to this {type(model).__name__}")
     wrapped = [(n, m) for n, m in model.named_modules() if isinstance(m, (LBPLinear, LBPConv2d, LowPrecisionGELU))]

@@ -99,7 +99,7 @@ def _number(value: float) -> str:
 def rows(root: Path, paper: str | None = None, verdict: str | None = None) -> list[Row]:
     """Every claim, by paper (our own goals last) and table, in the order of the files.
 
-    `paper` keeps those whose paper or notebook contains it, `verdict` those with this verdict; params.ParameterError
+    `paper` keeps those whose paper or notebook contains it, `verdict` those with this verdict; `params.ParameterError`
     when there is no such paper or verdict, or a claims file is wrong.
     """
     if verdict is not None and verdict not in claims.VERDICTS:

@@ -56,7 +56,10 @@ def attention_projections(name: str, module: nn.Module) -> bool:
 
 
 class LowRank(nn.Module):
-    """`(alpha / rank) * B A x`, with `lora_A (rank, inputs)` and `lora_B (outputs, rank)`; a delta of `qkv.Shifted`."""
+    """`(alpha / rank) * B A x`, with `lora_A (rank, inputs)` and `lora_B (outputs, rank)`; a delta of `qkv.Shifted`.
+
+    Equation 3 of arXiv 2106.09685. `like` gives dtype and device.
+    """
 
     def __init__(self, inputs: int, outputs: int, rank: int, alpha: float, like: Tensor):
         super().__init__()
@@ -68,6 +71,7 @@ class LowRank(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
+        """`(..., inputs) -> (..., outputs)`."""
         return F.linear(F.linear(x, self.lora_A) * self.scale, self.lora_B)  # the scale where it is cheap: on the rank
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
@@ -83,6 +87,7 @@ class LowRank(nn.Module):
         """It adds nothing to a bias."""
 
     def extra_repr(self) -> str:
+        """Rank and scale, for printing."""
         return f"rank={self.rank}, scale={self.scale:.4g}"
 
 
@@ -100,6 +105,7 @@ class LoRA(LowRank):
         self.base = base
 
     def forward(self, x: Tensor) -> Tensor:
+        """`(..., in) -> (..., out)`; of a convolution `(B, in, H, W) -> (B, out, H, W)`."""
         if isinstance(self.base, nn.Conv2d):
             a, b = self.lora_A[:, :, None, None], self.lora_B[:, :, None, None]
             return self.base(x) + F.conv2d(F.conv2d(x, a) * self.scale, b)
@@ -118,7 +124,8 @@ class Scrambled(LowRank):
 
     The released code holds the delta as (tokens, batch, width) and reads that memory as (batch * heads, tokens,
     width / heads) without the transpose; and it adds the queries' delta after their division by sqrt(width / heads),
-    hence `gain`. A starts as N(0, 0.02). There is no weight that does this, so it cannot be merged.
+    hence `gain`. A starts as N(0, 0.02). There is no weight that does this, so it cannot be merged. On `(B, N, C)`;
+    `like` gives dtype and device.
     """
 
     def __init__(self, rows: qkv.Rows, rank: int, alpha: float, like: Tensor):
@@ -131,6 +138,7 @@ class Scrambled(LowRank):
         """It is no matrix on the channels."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """`(B, N, inputs) -> (B, N, outputs)`; `ValueError` for other than tokens."""
         return self.gain * qkv.scrambled(super().forward(x), self.heads)
 
 
@@ -149,6 +157,13 @@ def lora(
 ) -> Report:
     """Put LoRA around linear layers, in place, and train the adapters and the head only.
 
+    >>> import timm
+    >>> from leanvit.lora import lora
+    >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2,
+    ...                           num_heads=2, num_classes=4)
+    >>> lora(model, rank=2).matched
+    ['blocks.0.attn.qkv', 'blocks.0.attn.proj', 'blocks.1.attn.qkv', 'blocks.1.attn.proj']
+
     Args:
         rank: of every adapter; `alpha`: the scale is alpha / rank of the layer (default: alpha = rank).
         match: `match(name, module) -> bool` among the linear layers outside of the head; default
@@ -157,7 +172,8 @@ def lora(
         keep: `keep(name) -> bool`: further parameters to train, by their name before the adapters came (norms, biases,
             LayerScale, ...). The weight of an adapted layer stays frozen.
 
-    Raises `ValueError` when nothing matches, when an adapter is there already, or for a rank below 1.
+    Raises `ValueError` when nothing matches, when an adapter is there already, for a rank below 1 or an alpha not
+    above 0; the model is then unchanged.
     """
     alpha = rank if alpha is None else alpha
     check_whole("lora", rank=rank, qkv_rank=rank if qkv_rank is None else qkv_rank)
@@ -204,7 +220,14 @@ def lora_qv(model: nn.Module, rank: int = 4, alpha: float | None = None, match: 
 
     Keys stay bit for bit what they were. `2 * rank * (inputs + width)` parameters an attention, 4 N D r for a ViT of N
     blocks of width D. `match(name, module)` chooses among the (fused) linear layers. The names are
-    `blocks.0.attn.qkv.q.lora_A (rank, D)` and so on.
+    `blocks.0.attn.qkv.q.lora_A (rank, D)` and so on (KAdaptation's specification, section 2).
+
+    >>> import timm
+    >>> from leanvit.lora import lora_qv
+    >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2,
+    ...                           num_heads=2, num_classes=4)
+    >>> print(lora_qv(model, rank=2))  # 2 blocks x 4 x 2 x 32, and a head of 4 x 33
+    lora_qv: 2 layers, 644 of 32,868 parameters trained
 
     Raises `ValueError` for a rank below 1, a model without a head or without attentions of this kind, or when an
     adapter is there already; the model is then unchanged.
@@ -221,8 +244,8 @@ def lora_scrambled(model: nn.Module, rank: int = 4, alpha: float = 128.0, match:
     """A demonstration, not for use: LoRA as KAdaptation's released code computes it, see `Scrambled`.
 
     The defaults are the released ones (scale 32). Identity at the start; as soon as B is not zero, the logits of an
-    image depend on the other images of its batch. Raises as `lora_qv`, and for an attention of another kind (normed or
-    rotated queries, a qkv that is not fused).
+    image depend on the other images of its batch. Raises `ValueError` as `lora_qv`, and for an attention of another
+    kind (normed or rotated queries, a qkv that is not fused).
     """
 
     def make(rows: qkv.Rows, like: Tensor) -> LowRank:

@@ -62,8 +62,14 @@ def create(
 
     `checkpoint`: "embedded" (the committed weights of embedded_vit) or a file, see `load_checkpoint`. `pretrained`:
     timm's weights from the hub. `num_classes`: where it differs from the checkpoint's, the head starts anew; where it
-    does not, the checkpoint's head is kept, as timm does. Raises `WeightsError` when weights do not fit or cannot
-    be reached, `ValueError` for an unknown name.
+    does not, the checkpoint's head is kept, as timm does. `img_size`: side, or (height, width), in pixels. Raises
+    `WeightsError` when weights do not fit or cannot be reached, `ValueError` for an unknown name or for weights asked
+    for twice.
+
+    >>> from leanvit import models
+    >>> model = models.create("embedded_vit", checkpoint="embedded")
+    >>> sum(p.numel() for p in model.parameters())
+    683242
     """
     if checkpoint is not None and pretrained:
         raise ValueError(f"{name}: give checkpoint={str(checkpoint)!r} or pretrained=True, not both")
@@ -246,7 +252,14 @@ def _sizes(original: dict, wanted: dict) -> str:
 
 
 def token_grid(model: nn.Module) -> tuple[tuple[int, int], int]:
-    """((h, w), prefix tokens) of a model with a patch embedding; class and register tokens are prefix tokens."""
+    """((h, w), prefix tokens) of a model with a patch embedding; class and register tokens are prefix tokens.
+
+    Raises `ValueError` for a model without one.
+
+    >>> from leanvit import models
+    >>> models.token_grid(models.create("embedded_vit"))
+    ((8, 8), 1)
+    """
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
     if grid is None:
         raise ValueError(f"{type(model).__name__} has no patch embedding with a token grid (patch_embed.grid_size)")
@@ -256,11 +269,18 @@ def token_grid(model: nn.Module) -> tuple[tuple[int, int], int]:
 def transforms(model: nn.Module, train: bool, **augment) -> "Transform":
     """The model's own preprocessing (size, crop, interpolation, mean, std), with timm's augmentation for training.
 
-    The result takes a PIL image, or a uint8 tensor (3, H, W) or (B, 3, H, W), and returns normalised float32.
+    The result takes a PIL image, or a uint8 tensor `(3, H, W)` or `(B, 3, H, W)`, and returns normalised float32.
     `augment`: keywords of `timm.data.create_transform` (scale, ratio, hflip, color_jitter, auto_augment, re_prob, …),
     and `padding`: pad by that many pixels and cut at random instead of a random resized crop. As in DeiT's training
     code, models for images up to 32 pixels start from padding=4, without colour jitter; others from timm's defaults.
-    Random numbers come from torch's, numpy's and Python's global generators. Raises `ValueError` for other keywords.
+    Random numbers come from torch's, numpy's and Python's global generators. Raises `ValueError` for other keywords,
+    and for any without `train`.
+
+    >>> import torch
+    >>> from leanvit import models
+    >>> transform = models.transforms(models.create("embedded_vit"), train=False)
+    >>> transform(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape
+    torch.Size([2, 3, 32, 32])
     """
     if not train and augment:
         raise ValueError(f"augmentation ({', '.join(augment)}) needs train=True")
@@ -271,7 +291,10 @@ def transforms(model: nn.Module, train: bool, **augment) -> "Transform":
 
 
 class Transform:
-    """See `transforms`. `batched` says that it takes uint8 tensors, too, a whole batch at once."""
+    """See `transforms`. `batched` says that it takes uint8 tensors `(B, 3, H, W)`, too, a whole batch at once.
+
+    Raises `ValueError` for an unknown augmentation, and when it is called with images of another kind.
+    """
 
     batched = True
 

@@ -14,6 +14,10 @@ def front(points: Mapping[str, tuple[float, float]]) -> list[str]:
 
     One dominates another where it costs no more, is at least as good, and differs in one of the two; equal points
     stand side by side. Raises `ValueError` for a coordinate that is not finite.
+
+    >>> from leanvit import pareto
+    >>> pareto.front({"cheap": (1, 0.5), "good": (2, 0.9), "neither": (2, 0.7)})
+    ['cheap', 'good']
     """
     for name, point in points.items():
         if not all(math.isfinite(value) for value in point):
@@ -35,7 +39,8 @@ def draw(
 ) -> list[str]:
     """Merit over cost, both summaries `{"mean", "std"}`; a stair joins the front of the means, the rest is faint.
 
-    `look` and `label` are by name (without a label, the name is in the legend). Returns the front.
+    `look` and `label` are by name (without a label, the name is in the legend). Returns the front; raises `ValueError`
+    as it does.
     """
     best = front({n: (cost["mean"], merit["mean"]) for n, (cost, merit) in points.items()})
     stairs = [(points[n][0]["mean"], points[n][1]["mean"]) for n in best]
@@ -59,6 +64,11 @@ def choose(
 
     A row whose value is missing (None or NaN) does not keep a limit. Equals: the earlier row. Raises `KeyError` for a
     column that a row does not have.
+
+    >>> from leanvit import pareto
+    >>> rows = [{"name": "a", "accuracy": 0.9, "ms": 8}, {"name": "b", "accuracy": 0.8, "ms": 2}]
+    >>> pareto.choose(rows, "accuracy", at_most={"ms": 5})["name"]
+    'b'
     """
 
     def known(value: float | None) -> bool:

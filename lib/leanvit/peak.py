@@ -14,6 +14,11 @@ def peak_bytes(call: Callable[[], object], device: torch.device | str = "cpu") -
 
     Tensors that were there before (the parameters) are not counted, those that stay afterwards are. On CUDA the
     allocator's own statistics, on the CPU the profiler's record of every allocation.
+
+    >>> import torch
+    >>> from leanvit.peak import peak_bytes
+    >>> peak_bytes(lambda: torch.ones(1024))  # bytes
+    4096
     """
     device = torch.device(device)
     if device.type == "cuda":

@@ -88,7 +88,12 @@ def heatmap(ax: Axes, values, rows: Sequence, columns: Sequence, *, label: str |
 
 
 def looks(names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """A colour and a marker for each name, the same in every figure that is given the same list."""
+    """A colour and a marker for each name, the same in every figure that is given the same list.
+
+    >>> from leanvit import plots
+    >>> plots.looks(["ours", "theirs"])["ours"]
+    {'color': '#0072B2', 'marker': 'o'}
+    """
     return {
         name: {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]} for i, name in enumerate(names)
     }

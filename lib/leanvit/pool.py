@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from leanvit import atomic
+
 CELL_TIMEOUT_S = {"smoke": 300, "embedded": 3600}  # elsewhere a cell may take days
 LOCK_TIMEOUT_S = 10.0  # time for the orphans of a killed runner to go
 SAVE_TIMEOUT_S = 30  # for a checkpoint after Ctrl-C
@@ -216,6 +218,10 @@ def _finish(root: Path, job: Job, code: int, seconds: float) -> Outcome:
         (root / job.log).unlink(missing_ok=True)
         return Outcome(job, "done", seconds)
     _say(f"x {job.label}: failed after {seconds:.0f} s (exit code {code})\n{why_failed(root, job)}")
+    try:
+        atomic.check_writable(root / job.result.parent)
+    except OSError as error:  # then the log, too, may lack its end
+        _say(f"    {job.result.parent.as_posix()}/ cannot be written: {error.strerror or error}")
     return Outcome(job, "failed", seconds)
 
 
@@ -232,10 +238,10 @@ def why_failed(root: Path, job: Job) -> str:
                     trace = ANSI.sub("", "\n".join(output["traceback"])).splitlines()[-6:]
                     code = "".join(cell["source"]).strip().splitlines()[:2]
                     shown = [f"cell {number}: {' / '.join(code)}", *trace, f"notebook: {job.failed.as_posix()}"]
-                    return "\n".join(f"    {line}" for line in shown)
+                    return "\n".join(f"    {line[:300]}" for line in shown)
     cell = _current_cell(lines)
     tail = [line for line in lines if line.strip() and not NOISE.search(line)][-4:]
-    return "\n".join(f"    {line}" for line in ([f"last cell: {cell}"] if cell else []) + tail)
+    return "\n".join(f"    {line[:300]}" for line in ([f"last cell: {cell}"] if cell else []) + tail)
 
 
 def _log_lines(root: Path, job: Job) -> list[str]:

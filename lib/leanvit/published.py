@@ -1,6 +1,7 @@
 """The published form of LBP-WHT's layer, as the honest "before" of our own: same mathematics, no fast transform.
 
-Written anew from the formulas (specification of LBP-WHT, sections 1.3-1.5, and 7.2/7.3 for what makes it slow):
+Written anew from the formulas of arXiv 2309.15275 (specification of LBP-WHT, sections 1.3-1.5, and 7.2/7.3 for what
+makes it slow):
 
 * the padded tensor is broadcast against all R masks of +-1 and summed, so a temporary R times as large as the
   activation is written and read in the forward pass, for the output gradient and for the reconstruction;
@@ -23,7 +24,13 @@ from leanvit.surgery import Match, Report
 
 
 def masks(bases: list[Basis], order: int = 8) -> Tensor:
-    """The bases as images of +-1, `(R, n, n)`."""
+    """The bases as images of +-1, `(R, n, n)` (specification 1.2).
+
+    >>> from leanvit import published
+    >>> published.masks([(1, 0)], order=2)
+    tensor([[[ 1.,  1.],
+             [-1., -1.]]])
+    """
     w = walsh.walsh_matrix(order, torch.float32)
     return torch.stack([torch.outer(w[r], w[c]) for r, c in bases])
 
@@ -85,6 +92,7 @@ class PublishedLinear(nn.Linear):
     mask: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
+        """`(B, prefix + h*w, Ci) -> (B, prefix + h*w, Co)`."""
         if not self.training:
             return super().forward(x)
         mask = self.mask.to(x)
@@ -102,6 +110,8 @@ def attach(
     prefix_tokens: int | None = None,
 ) -> Report:
     """Give the linear layers of a ViT the published form, in place; arguments as in `lbp_wht.attach`.
+
+    `example` is a batch of images `(B, 3, H, W)`.
 
     Raises:
         ValueError: no `nn.Linear` sees `(B, N, C)` tokens, or unknown bases.

@@ -7,7 +7,8 @@ before queries are scaled, `merge` folds the deltas into the stock layer and `de
 A delta is a module with `forward(x (..., inputs)) -> (..., width)`, `weight() -> (width, inputs)` and
 `bias() -> (width,) or None`; weight and bias are what it adds to the stock layer's rows. A delta that is low-rank just
 then may offer `factors() -> (P (inputs, rank), Q (width, rank)) or None`, with `weight() = Q P^T`: all deltas of a
-layer then run as one op (`kernels/lowrank.py`).
+layer then run as one op (`kernels/lowrank.py`). Used by KAdaptation (arXiv 2203.16329; its specification, 1.9) and by
+LoRA on queries and values (section 2 there).
 """
 
 from collections.abc import Iterable, Mapping
@@ -58,7 +59,15 @@ def _place(attention: nn.Module, role: str) -> tuple[str, int, int] | None:
 
 
 def find(model: nn.Module, roles: tuple[str, ...] = ("q", "v")) -> list[Rows]:
-    """The rows of every attention of a timm model, in the order of its modules (`[]` where there is none)."""
+    """The rows of every attention of a timm model, in the order of its modules (`[]` where there is none).
+
+    >>> import timm
+    >>> from leanvit import qkv
+    >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2,
+    ...                           num_heads=2, num_classes=4)
+    >>> [(rows.layer, rows.role, rows.first, rows.width) for rows in qkv.find(model)][:2]
+    [('blocks.0.attn.qkv', 'q', 0, 32), ('blocks.0.attn.qkv', 'v', 64, 32)]
+    """
     found, heads = [], head_modules(model)
     for name, module in model.named_modules():
         count = getattr(module, "num_heads", None)
@@ -104,6 +113,7 @@ class Shifted(nn.Module):
             self.add_module(role, delta)
 
     def forward(self, x: Tensor) -> Tensor:
+        """`(..., inputs) -> (..., outputs)`: the base's output, with the deltas added to their rows."""
         y = self.base(x)
         deltas = [getattr(self, role) for role in self.first]
         factors = [delta.factors() if hasattr(delta, "factors") else None for delta in deltas]
@@ -119,8 +129,8 @@ class Shifted(nn.Module):
     def merged(self, biases: Mapping[str, Tensor] | None = None) -> nn.Module:
         """The base with the deltas folded in (the sums in float32 at least).
 
-        `biases` are the attention's own ("q", "v") where the layer has none, as in BEiT and EVA. A layer without any
-        gets one.
+        `biases`, `(width,)` each, are the attention's own ("q", "v") where the layer has none, as in BEiT and EVA. A
+        layer without any gets one.
         """
         for role, first in self.first.items():
             delta = getattr(self, role)
@@ -162,7 +172,10 @@ def install(model: nn.Module, deltas: Mapping[str, Mapping[str, tuple[int, nn.Mo
 def merge(
     model: nn.Module, kind: type[nn.Module], title: str, parts: Iterable[tuple[nn.Module, str]] = ()
 ) -> Merged:
-    """Fold the deltas of class `kind` into the stock layers, which take their places again; `parts` leave the model."""
+    """Fold the deltas of class `kind` into the stock layers, which take their places again; `parts` leave the model.
+
+    Returns what can undo it.
+    """
     layers = shifted(model, kind)
     undo = Merged(model, [name for name, _ in layers], parts)
     for name, layer in layers:
@@ -197,10 +210,11 @@ def check_scrambled(model: nn.Module, rows: list[Rows], method: str) -> None:
 
 
 def scrambled(delta: Tensor, heads: int) -> Tensor:
-    """What the released KAdaptation and its LoRA add for `delta (B, N, C)` (KAdaptation's specification, 1.6c).
+    """What the released KAdaptation and its LoRA add for `delta (B, N, C)`, in that shape (its specification, 1.6c).
 
     They hold the delta as (tokens, batch, C) and read that memory as (batch * heads, tokens, C / heads), without the
     transpose that belongs there: tokens, heads and the images of a batch are mixed. In the order of `qkv`'s output.
+    Raises `ValueError` for a delta that is not three-dimensional.
     """
     if delta.dim() != 3:
         raise ValueError(f"the released update is defined on tokens (B, N, C), got {tuple(delta.shape)}")

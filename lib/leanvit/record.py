@@ -26,23 +26,24 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from leanvit import params
+from leanvit import atomic, params
 
 FIELDS = (
     "notebook run tier params_file overrides headline parameters seeds metrics verdicts notes sources hashes key "
     "checkout versions hardware commit seconds peak_memory"
 ).split()
 PACKAGES = "leanvit torch torchvision timm accelerate peft numpy safetensors papermill ipykernel cupy-cuda13x".split()
-# the command line and the site are no part of what a notebook computes
+# the command line, the site and the corners to play in are no part of what a notebook computes
 NOT_HASHED = {
-    "run.py", "pool.py", "worker.py", "cluster.py", "ledger.py",
+    "run.py", "pool.py", "worker.py", "cluster.py", "ledger.py", "extras.py", "atomic.py",
     "report.py", "report_frame.py", "report_notebook.py", "report_api.py",
+    "play.py", "play_bases.py", "play_plan.py",
 }  # fmt: skip
 
 
 def find_root(start: Path | None = None) -> Path:
     """The repository root: the nearest folder upwards from `start` (the working directory) with notebooks/ and
-    params/ in it.
+    params/ in it. Raises `FileNotFoundError` where there is none.
     """
     start = (start or Path.cwd()).resolve()
     for folder in (start, *start.parents):
@@ -52,22 +53,13 @@ def find_root(start: Path | None = None) -> Path:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a whole file or nothing: a temporary file beside it, flushed to the disk, then renamed over it. OSError
+    """Write a whole file or nothing: a temporary file beside it, flushed to the disk, then renamed over it. `OSError`
     names `path`.
     """
-    temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        with atomic.replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     except OSError as error:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
         raise OSError(
             error.errno, f"cannot write {path.name} in {path.parent.name}/: {error.strerror or error}"
         ) from error
@@ -128,7 +120,11 @@ def checkout_id(root: Path) -> str:
 
 def summary(values) -> dict[str, Any]:
     """Mean, sample standard deviation, number and the values themselves, e.g. of one metric over seeds; std is 0 for
-    one value.
+    one value. Raises `ValueError` for none.
+
+    >>> from leanvit import record
+    >>> record.summary([80, 82, 84])
+    {'mean': 82.0, 'std': 2.0, 'n': 3, 'values': [80.0, 82.0, 84.0]}
     """
     values = [float(value) for value in values]
     if not values:
@@ -158,14 +154,17 @@ class Run:
     _began: float = dataclasses.field(default_factory=time.monotonic, repr=False)
 
     def add_source(self, kind: str, name: str, sha256: str) -> None:
-        """Record what the numbers rest on: kind "data" or "weights", its name, and the sha256 of its content."""
+        """Record what the numbers rest on: kind "data" or "weights" (else `ValueError`), its name, and the sha256 of
+        its content.
+        """
         if kind not in ("data", "weights"):
             raise ValueError(f"source {name}: kind is {kind!r}; it must be 'data' or 'weights'")
         self.sources[name] = {"kind": kind, "sha256": sha256}
 
     def save(self) -> Path:
-        """Write the result, atomically; returns its path relative to the repository. ValueError when there is no
-        headline.
+        """Write the result, atomically; returns its path relative to the repository. Times are in seconds, memory in
+        MiB. Raises `ValueError` when there is no headline, `TypeError` for a metric that JSON cannot hold, `OSError`
+        when the file cannot be written.
         """
         if not self.headline:
             raise ValueError(
@@ -203,10 +202,12 @@ class Run:
 def start(name: str, scope: dict[str, Any]) -> Run:
     """Begin a run of notebooks/<name>.ipynb: take its parameters from `scope` (its globals()), check them, set seeds.
 
-    Raises params.ParameterError for a wrong value, FileNotFoundError outside of a repository, KeyError when a parameter
-    is not in scope.
+    Raises `params.ParameterError` for a wrong value, `FileNotFoundError` outside of a repository, `KeyError` when a
+    parameter is not in scope.
     """
     root = find_root()
+    if not params.PLAIN_NAME.fullmatch(name):
+        raise params.ParameterError(f"record.start: {name!r} must be the plain name of a notebook in notebooks/")
     known = params.declared(root / "notebooks" / f"{name}.ipynb")
     absent = [parameter for parameter in known if parameter not in scope]
     if absent:
@@ -252,7 +253,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """What the run ran on: processor, cores, threads, memory, GPUs; no name of the machine."""
+    """What the run ran on: processor, cores, threads, memory in GiB, GPUs; no name of the machine."""
     import psutil
     import torch
 
@@ -321,7 +322,12 @@ def scrub(text: str, root: Path) -> str:
 
 
 def incomplete(result: Any) -> list[str]:
-    """What is missing in a result read from JSON; [] when it is complete."""
+    """What is missing in a result read from JSON; [] when it is complete.
+
+    >>> from leanvit import record
+    >>> record.incomplete([])
+    ['it is not a mapping']
+    """
     if not isinstance(result, dict):
         return ["it is not a mapping"]
     missing = [f"no {field}" for field in FIELDS if field not in result]

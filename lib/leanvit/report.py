@@ -29,7 +29,10 @@ be found beside ours, and says which match, which differ, and which could not be
 
 
 def build(root: Path) -> Path:
-    """Render every complete result of outputs/, the ledger, the reference and the index; returns the index's path."""
+    """Render every complete result of outputs/, the ledger, the reference and the index; returns the index's path.
+
+    Raises `OSError` when the site cannot be written, `ValueError` for a result that is not JSON and for wrong claims.
+    """
     site = root / "outputs" / "site"
     pages = find_pages(root)
     for page in pages:
@@ -83,7 +86,10 @@ def find_pages(root: Path) -> list[Page]:
     for tier in TIERS:
         for path in sorted((root / "outputs" / tier).glob("*.json")):
             executed = path.with_suffix(".ipynb")
-            result = json.loads(path.read_text(encoding="utf-8"))
+            try:
+                result = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError:  # damaged: `leanvit list` tells; the other pages are rendered
+                continue
             if executed.exists() and not record.incomplete(result):
                 pages.append(Page(tier, nbformat.read(executed, as_version=4), result, (path, executed)))
     return sorted(pages, key=lambda page: (page.result["notebook"], TIERS.index(page.tier), len(page.result["run"])))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
-from pygments.lexers import PythonLexer
+from pygments.lexers import PythonConsoleLexer, PythonLexer
 
 from leanvit.report_frame import Entry, document
 
@@ -290,8 +290,10 @@ def _inline(text: str) -> str:
 
 
 def _code(text: str) -> str:
+    if text.lstrip().startswith(">>> "):
+        return highlight(text, PythonConsoleLexer(), HtmlFormatter())
     try:
-        ast.parse(re.sub(r"^>>> |^\.\.\. ", "", text, flags=re.MULTILINE))
+        ast.parse(text)
     except SyntaxError:  # a formula, a command, a table
         return f"<pre>{html.escape(text, quote=False)}</pre>"
     return highlight(text, PythonLexer(), HtmlFormatter())

@@ -49,11 +49,12 @@ def plan(root: Path, file: Path, overrides: dict[str, str] | None = None) -> Job
     except params.ParameterError as error:
         raise params.ParameterError(str(error).replace(str(file), shown).replace(f"{root}/", "")) from None
     word, _, rest = file.stem.partition("_")
-    tier, stem = (word, rest) if word in TIERS else ("custom", file.stem)
+    own = file.is_relative_to(root / "params")  # a file from elsewhere must not replace a committed result
+    tier, stem = (word, rest) if word in TIERS and own else ("custom", file.stem)
     parsed = {name: params.parse_value(text) for name, text in (overrides or {}).items()}
     if parsed:
-        own = params.resolve(known, parsed, "-p")
-        values.update({name: own[name] for name in parsed})
+        asked = params.resolve(known, parsed, "-p")
+        values.update({name: asked[name] for name in parsed})
         digest = hashlib.sha256(json.dumps([tier, stem, values], sort_keys=True).encode()).hexdigest()[:8]
         result = Path("outputs", "custom", f"{notebook}-{digest}.json")
     else:
@@ -145,7 +146,7 @@ def run_command(root: Path, options: argparse.Namespace) -> int:
     """`leanvit run`: the exit code, 1 where a run failed.
 
     Raises, before anything runs, `params.ParameterError` with every problem of the files and options, `OSError` where
-    results cannot be written.
+    results cannot be written, `MissingExtra` without papermill.
     """
     problems, jobs = [], []
     if bool(options.params) == bool(options.tier) or (options.notebook and not options.tier):

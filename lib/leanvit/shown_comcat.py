@@ -1,5 +1,6 @@
 """Statements of ComCAT's ledger (params/2_comcat/claims.yaml) that are about values, shown on small random models.
 
+The paper is arXiv 2305.17235; sections are those of ComCAT's specification.
 Exactness, biases, gauges, the spectral mask against the authors' mixture, one-way truncation, defects of the released
 code, the adapter for diffusion models: everything here is `{claim id: our value}`, and `counts_comcat` has the counts.
 """

@@ -21,16 +21,27 @@ NARROWEST = 16  # below this width the transforms cost more than the product the
 
 
 def exact_flops(tokens: int, in_features: int, out_features: int) -> int:
-    """Backward of a plain linear layer, both gradients: `4 L Ci Co` (specification 3.1)."""
+    """FLOPs of the backward of a plain linear layer, both gradients: `4 L Ci Co` (specification 3.1).
+
+    >>> from leanvit import sites
+    >>> sites.exact_flops(tokens=197, in_features=192, out_features=768)
+    116195328
+    """
     return 4 * tokens * in_features * out_features
 
 
 def flops(in_features: int, out_features: int, blocks: int, rank: int, prefix: int = 0, rule: str = "paper") -> int:
     """FLOPs that LBP-WHT adds to training one layer: two projections, two products, one expansion.
 
+    >>> from leanvit import sites
+    >>> sites.flops(192, 768, blocks=4, rank=10)  # 0.23 of the exact backward's
+    26542080
+
     Args:
         blocks: order-8 blocks of the grid (`P`). rank: bases kept (`R`). prefix: exact class tokens.
         rule: "paper" (specification 3.1) or "instant", the count of INSTANT (ICLR 2026; specification 6.3).
+
+    Raises `ValueError` for another rule.
     """
     ci, co, rows = in_features, out_features, rank * blocks
     if rule == "paper":
@@ -55,19 +66,26 @@ class Site:
 
     @property
     def tokens(self) -> int:
+        """Tokens of its input, prefix included."""
         return self.prefix + self.grid[0] * self.grid[1]
 
     def blocks(self, order: int = 8) -> int:
+        """Blocks of `order` x `order` tokens that cover the grid."""
         return walsh.blocks(*self.grid, order)
 
     def rows(self, rank: int, order: int = 8) -> int:
+        """Rows that are left of the tokens at `rank` bases, prefix included."""
         return walsh.rows(*self.grid, self.prefix, rank, order)
 
     def exact_flops(self) -> int:
+        """FLOPs of the exact backward for one image of the model."""
         return int(self.calls * exact_flops(self.tokens, self.in_features, self.out_features))
 
-    def flops(self, rank: int, order: int = 8, rule: str = "paper") -> int:
-        one = flops(self.in_features, self.out_features, self.blocks(order), rank, self.prefix, rule)
+    def flops(self, rank: int, rule: str = "paper") -> int:
+        """FLOPs of LBP-WHT (blocks of order 8) for one image of the model; `ValueError` for an unknown rule, see the
+        room's `flops`.
+        """
+        one = flops(self.in_features, self.out_features, self.blocks(8), rank, self.prefix, rule)
         return int(self.calls * one)
 
     def saved_bytes(self, rank: int | None, order: int = 8, itemsize: int = 4) -> int:
@@ -76,7 +94,10 @@ class Site:
 
 
 def blank_images(model: nn.Module, batch: int = 2) -> Tensor:
-    """Images `(batch, C, H, W)` of zeros, of the size, dtype and device of the model's own."""
+    """Images `(batch, C, H, W)` of zeros, of the size, dtype and device of the model's own.
+
+    Raises `ValueError` for a model without parameters, `TypeError` where they are not floating-point.
+    """
     config = getattr(model, "pretrained_cfg", None) or {}
     size = (
         getattr(getattr(model, "patch_embed", None), "img_size", None) or config.get("input_size", (3, 224, 224))[-2:]
@@ -126,6 +147,16 @@ def find_sites(
 ) -> tuple[list[Site], dict[str, str]]:
     """Linear layers that see a token grid, found by one forward pass of `example` without gradients.
 
+    >>> import timm
+    >>> from leanvit import sites
+    >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2,
+    ...                           num_heads=2, num_classes=4)
+    >>> found, skipped = sites.find_sites(model)
+    >>> found[0].name, found[0].grid, found[0].prefix
+    ('blocks.0.attn.qkv', (4, 4), 1)
+    >>> skipped
+    {'head': 'the classifier stays exact'}
+
     Args:
         example: images `(B, 3, H, W)`, B >= 2 (meta tensors do); by default two blank ones of the model's own size.
         grid, prefix_tokens: for `(B, N, C)` inputs whose grid cannot be told from the model.
@@ -133,9 +164,13 @@ def find_sites(
 
     Returns:
         The sites, in the order of the model, and `{name: reason}` for the linear layers that are none.
+
+    Raises `ValueError` for a model whose tokens are not in the image's order, and a grid or example of another form.
     """
     if type(model).__name__ in SHUFFLED:
         raise ValueError(f"{type(model).__name__} keeps its tokens {SHUFFLED[type(model).__name__]}, not row by row")
+    if prefix_tokens is not None and grid is None:
+        raise ValueError(f"prefix_tokens={prefix_tokens} belongs to a grid; give grid=(rows, columns), too")
     if grid is not None and (not isinstance(grid, tuple | list) or len(grid) != 2):
         raise ValueError(f"grid={grid!r} must be a pair (rows, columns)")
     example = blank_images(model) if example is None else example
@@ -224,7 +259,8 @@ def last_stage(model: nn.Module) -> tuple[str, ...]:
     """Name prefixes of the last stage: the last third of the blocks of a flat ViT, the last stage of the others.
 
     EfficientFormerV2's stage goes without its attention down-sampling, as in the released configurations. What follows
-    the blocks (final norm, attention pooling, class-attention blocks) is not part of it.
+    the blocks (final norm, attention pooling, class-attention blocks) is not part of it (LBP-WHT's specification, 4.2).
+    Raises `ValueError` for a model without blocks, stages or layers.
     """
     blocks = getattr(model, "blocks", None)
     if isinstance(blocks, (nn.Sequential, nn.ModuleList)):

@@ -7,9 +7,7 @@ storing a frozen backbone: the model must have exactly the stored and the named 
 
 import difflib
 import json
-import os
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -17,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from leanvit import atomic
 from leanvit.surgery import head_parameters
 
 
@@ -48,6 +47,12 @@ def save(model: nn.Module, path: str | Path, *, names: Iterable[str] | None = No
 
     Raises `ValueError` for a name that the model does not have or when there is nothing to store, `TypeError` for a
     header that is not JSON, `OSError` when the file cannot be written (an older file of that name is then untouched).
+
+    >>> from torch import nn
+    >>> from leanvit import state
+    >>> path = state.save(nn.Linear(2, 1), "linear.safetensors", header={"seed": 0})
+    >>> state.load(nn.Linear(2, 1), path)
+    {'seed': 0}
     """
     path = Path(path)
     tensors = _tensors(model)
@@ -65,17 +70,10 @@ def save(model: nn.Module, path: str | Path, *, names: Iterable[str] | None = No
     metadata = {"format": "pt", "header": text, "kept": json.dumps(kept), "settings": json.dumps(_settings(model))}
     # clones: safetensors refuses tensors that share memory (tied weights)
     stored = {n: tensors[n].detach().cpu().clone(memory_format=torch.contiguous_format) for n in chosen}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(stored, temporary, metadata=metadata)
-        temporary.chmod(0o644)  # safetensors leaves it to its owner alone
-        with open(temporary, "r+b") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
+        with atomic.replacing(path) as temporary:
+            save_file(stored, temporary, metadata=metadata)
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise OSError(f"save: {path} cannot be written: {error}") from error
     return path
 
@@ -91,9 +89,23 @@ def _read(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         raise ValueError(f"load: {path} is not a complete safetensors file: {error}") from error
 
 
+def _entry(metadata: dict[str, str], key: str, path: str | Path) -> dict:
+    """The JSON mapping that a file holds under `key`, `{}` without one; `ValueError` where it is something else."""
+    try:
+        found = json.loads(metadata.get(key, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"load: {path}: its {key} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"load: {path}: its {key} is a {type(found).__name__}; it must be a mapping")
+    return found
+
+
 def read_header(path: str | Path) -> dict:
-    """The JSON header of a file, without loading a model (`{}` where the file has none)."""
-    return json.loads(_read(path)[1].get("header", "{}"))
+    """The JSON header of a file, without loading a model (`{}` where the file has none).
+
+    Raises `FileNotFoundError` where there is no file, `ValueError` where it is not safetensors with a JSON header.
+    """
+    return _entry(_read(path)[1], "header", path)
 
 
 def load(model: nn.Module, path: str | Path) -> dict:
@@ -101,13 +113,16 @@ def load(model: nn.Module, path: str | Path) -> dict:
 
     Strict: `ValueError` lists every tensor that is missing in the file, unexpected, or of another shape, and every
     adapter of another scale or mode, and then the model is unchanged. Values are converted to the model's dtype and
-    device.
+    device. `FileNotFoundError` where there is no file.
     """
     stored, metadata = _read(path)
     tensors = _tensors(model)
     if "kept" not in metadata:
         raise ValueError(f"load: {path} was not written by leanvit.save; models.load_checkpoint reads plain weights")
-    kept = {n: tuple(shape) for n, shape in json.loads(metadata["kept"]).items()}
+    header, kept = (_entry(metadata, key, path) for key in ("header", "kept"))
+    if not all(isinstance(shape, list) for shape in kept.values()):
+        raise ValueError(f"load: {path}: its kept must map names to shapes")
+    kept = {n: tuple(shape) for n, shape in kept.items()}
     shapes = kept | {n: tuple(t.shape) for n, t in stored.items()}
     problems = []
     missing = [n for n in tensors if n not in shapes]
@@ -119,7 +134,7 @@ def load(model: nn.Module, path: str | Path) -> dict:
         problems.append(f"missing in the file: {n} {tuple(tensors[n].shape)}")
     for n in [n for n in tensors if n in shapes and tuple(tensors[n].shape) != shapes[n]][:10]:
         problems.append(f"shape of {n}: {shapes[n]} in the file, {tuple(tensors[n].shape)} in the model")
-    mine, theirs = _settings(model), json.loads(metadata.get("settings", "{}"))
+    mine, theirs = _settings(model), _entry(metadata, "settings", path)
     for n in [n for n in theirs if n in mine and theirs[n] != mine[n]][:10]:
         problems.append(f"settings of {n}: {theirs[n]} in the file, {mine[n]} in the model")
     if problems:
@@ -130,4 +145,4 @@ def load(model: nn.Module, path: str | Path) -> dict:
     with torch.no_grad():
         for name, value in stored.items():
             tensors[name].copy_(value)
-    return json.loads(metadata.get("header", "{}"))
+    return header

@@ -50,12 +50,22 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def linears(model: nn.Module, match: Match | None = None) -> list[tuple[str, nn.Module]]:
-    """`(full name, module)` of every linear layer (see `is_linear`) for which `match(name, module)` is true."""
+    """`(full name, module)` of every linear layer (see `is_linear`) for which `match(name, module)` is true.
+
+    >>> from torch import nn
+    >>> from leanvit import surgery
+    >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> [name for name, _ in surgery.linears(model)]
+    ['0', '2']
+    """
     return [(n, m) for n, m in model.named_modules() if is_linear(m) and (match is None or match(n, m))]
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
-    """Put `module` where `name` (full dotted name) is, under every name it is shared by, and return what was there."""
+    """Put `module` where `name` (full dotted name) is, under every name it is shared by, and return what was there.
+
+    Raises `AttributeError` where there is no module of that name.
+    """
     old = model.get_submodule(name)
     module.train(old.training)
     aliases = [n for n, m in model.named_modules(remove_duplicate=False) if m is old]
@@ -89,7 +99,15 @@ def freeze(model: nn.Module, keep: Callable[[str], bool] = lambda name: False) -
 
 
 def count(model: nn.Module) -> tuple[int, int]:
-    """`(trainable, total)` number of parameters; a shared tensor counts once."""
+    """`(trainable, total)` number of parameters; a shared tensor counts once.
+
+    >>> from torch import nn
+    >>> from leanvit import surgery
+    >>> model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    >>> surgery.freeze(model, keep=lambda name: name.startswith("1."))
+    >>> surgery.count(model)
+    (10, 26)
+    """
     parameters = list(model.parameters())
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 

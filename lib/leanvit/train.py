@@ -13,7 +13,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from hashlib import blake2b
@@ -31,9 +31,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-from leanvit import checkpoint
+from leanvit import checkpoint, evaluate, several
 from leanvit.checkpoint import CheckpointError, TrainingDiverged
-from leanvit.evaluate import as_it_is, fetch, modes_restored, predict
+from leanvit.evaluate import as_it_is, fetch, modes_restored
 
 PRECISIONS = ("no", "bf16", "fp16")
 OPTIMIZERS = ("adamw", "sgd")
@@ -47,12 +47,19 @@ __all__ = ["CheckpointError", "History", "Recipe", "TrainingDiverged", "fit", "l
 class Recipe:
     """How to train. Exactly one of `epochs` and `steps`; `batch_size` is the images of one step, over all processes.
 
+    >>> from leanvit import train
+    >>> recipe = train.Recipe(batch_size=64, lr=1e-3, epochs=10, schedule="warmup_cosine", warmup_steps=50)
+
     `schedule`, by step: "cosine" from `lr` to `min_lr_ratio * lr` over the whole training, or "constant", both
     multiplied during the first `warmup_steps` by a line from `warmup_ratio` to 1; "warmup_cosine" is a line from 0 to
     `lr` over `warmup_steps` and the cosine over what is left. `optimizer` is "adamw" or "sgd" (with `momentum`, no
     Nesterov). Weight decay acts on everything that is trained. `mixup` and `cutmix` are timm's alphas (one draw a
     batch; 0 = off), `clip_norm` a bound of the global gradient norm, `precision` one of no, bf16, fp16, and `workers`
-    the processes that load images.
+    the processes that load images, two batches in advance each. `channels_last` lays images and convolutions out pixel
+    by pixel while training, the layout that cuDNN's kernels for half precision take: for models of many convolutions on
+    a GPU. It is off because a ViT has one, the patches; results are equal up to rounding.
+
+    Raises `ValueError` for a value that is out of range or contradicts another.
     """
 
     batch_size: int
@@ -73,6 +80,7 @@ class Recipe:
     precision: str = "no"
     seed: int = 0
     workers: int = 0
+    channels_last: bool = False
 
     def __post_init__(self):
         if (self.epochs is None) == (self.steps is None):
@@ -81,10 +89,12 @@ class Recipe:
         for name, known in words.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"Recipe: {name}={getattr(self, name)!r} is none of {', '.join(known)}")
+        if not isinstance(self.channels_last, bool):
+            raise ValueError(f"Recipe: channels_last={self.channels_last!r} must be True or False")
         positive = {"batch_size", "lr", "epochs", "steps", "clip_norm"}
         for f in fields(self):
             value = getattr(self, f.name)
-            if value is None or f.name in words:
+            if value is None or f.name in words or f.name == "channels_last":
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise ValueError(f"Recipe: {f.name}={value!r} is not a finite number")
@@ -121,7 +131,13 @@ class History:
 
 
 def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
-    """The learning rate of step `step` (from 0) of `steps`; see `Recipe` for the three schedules."""
+    """The learning rate of step `step` (from 0) of `steps`; see `Recipe` for the three schedules.
+
+    >>> from leanvit import train
+    >>> recipe = train.Recipe(batch_size=8, lr=1.0, steps=4)
+    >>> [round(train.learning_rate(recipe, step, 4), 3) for step in range(4)]
+    [1.0, 0.854, 0.5, 0.146]
+    """
     warmup = recipe.warmup_steps
     if recipe.schedule == "warmup_cosine":
         if step < warmup:
@@ -142,7 +158,12 @@ def _half_cosine(recipe: Recipe, step: int, steps: int) -> float:
 
 
 def mix_seed(*parts: int | str) -> int:
-    """A 32-bit seed from numbers and words: the same on every machine, different for every tuple."""
+    """A 32-bit seed from numbers and words: the same on every machine, different for every tuple.
+
+    >>> from leanvit import train
+    >>> train.mix_seed(0, "step", 1)
+    39535587
+    """
     return int.from_bytes(blake2b(repr(parts).encode(), digest_size=4).digest(), "little")
 
 
@@ -158,7 +179,7 @@ def _seed(seed: int, device: torch.device | None = None) -> None:
 
 
 @contextmanager
-def _randomness_restored(device: torch.device) -> Iterator[None]:
+def randomness_restored(device: torch.device) -> Iterator[None]:
     """Training seeds the global generators; afterwards they are as the caller left them."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -207,7 +228,7 @@ class _Order(Sampler):
         return self.steps - self.start
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        orders: dict[int, list[int]] = {}
+        orders: dict[int, np.ndarray] = {}
         for step in range(self.start, self.steps):
             keys = []
             for position in range(step * self.batch + self.rank, (step + 1) * self.batch, self.world):
@@ -215,9 +236,20 @@ class _Order(Sampler):
                 if epoch not in orders:
                     generator = torch.Generator().manual_seed(mix_seed(self.seed, "order", epoch))
                     orders = {e: o for e, o in orders.items() if e == epoch - 1}  # a batch touches two at most
-                    orders[epoch] = torch.randperm(self.size, generator=generator).tolist()
-                keys.append((epoch, orders[epoch][k]))
+                    orders[epoch] = torch.randperm(self.size, generator=generator).numpy()  # no object for each image
+                keys.append((epoch, int(orders[epoch][k])))
             yield keys
+
+
+def loader(
+    train_set: Dataset, recipe: Recipe, batch: int, steps: int, device: torch.device, *, start=0, rank=0, world=1
+) -> DataLoader:
+    """The batches of the steps from `start` on: this process's part of `batch` images, each under a seed of its own."""
+    return DataLoader(
+        _Stream(train_set, recipe.seed), collate_fn=as_it_is, num_workers=recipe.workers,
+        batch_sampler=_Order(len(train_set), batch, start, steps, recipe.seed, rank, world),
+        worker_init_fn=evaluate.worker_setup, pin_memory=device.type == "cuda",
+    )  # fmt: skip
 
 
 # ---- the loop ------------------------------------------------------------------------------------------------------
@@ -243,8 +275,20 @@ def _interrupt_noted() -> Iterator[list[bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _worker_setup(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
+def _forget_workers(loaders: Iterable[DataLoader]) -> None:
+    """End the processes that load images, also where the frames of an error still refer to the loader."""
+    for batches in loaders:
+        batches._iterator = None
+
+
+@contextmanager
+def _channels_last(model: nn.Module) -> Iterator[None]:
+    """Convolutions pixel by pixel; afterwards channel by channel, as files and our kernels want them."""
+    model.to(memory_format=torch.channels_last)
+    try:
+        yield
+    finally:
+        model.to(memory_format=torch.contiguous_format)
 
 
 @contextmanager
@@ -253,7 +297,9 @@ def _accelerated(recipe: Recipe, model: nn.Module) -> Iterator[Accelerator]:
     ours = not AcceleratorState._shared_state  # else the caller's own Accelerator lives on
     forward = model.__dict__.get("forward")
     try:
-        yield Accelerator(mixed_precision=recipe.precision)
+        # without cpu=True, accelerate would let each process of a machine without GPUs train for itself
+        cpu = several.world() > 1 and not several.on_gpus()
+        yield Accelerator(mixed_precision=recipe.precision, cpu=cpu)
     finally:
         # accelerate wraps forward for mixed precision; left in place it would break copies of the model
         for name in ("forward", "_original_forward"):
@@ -308,6 +354,8 @@ def _check_batch(model: nn.Module, images: Tensor, labels: Tensor, recipe: Recip
     """Say in words what the first product, or the loss, would say in torch's."""
     if not images.is_floating_point():
         raise TypeError(f"fit: the images are {images.dtype}; floating-point ones are needed, see models.transforms")
+    if recipe.channels_last and images.ndim != 4:
+        raise ValueError(f"fit: channels_last is for images (B, C, H, W); these are {tuple(images.shape)}")
     if not labels.is_floating_point():
         _check_labels(model, labels, "labels")
     elif recipe.mixup or recipe.cutmix:
@@ -357,14 +405,14 @@ def _settle(accelerator: Accelerator, pending: list[Tensor], save: bool, stop: b
 
 
 def _score(
-    accelerator: Accelerator, model: nn.Module, dataset: Dataset, recipe: Recipe, metric: Metric | None, told: str
+    accelerator: Accelerator, model: nn.Module, batches: DataLoader, metric: Metric | None, told: str
 ) -> float:
     """Each process predicts its part. Accuracy adds the counts up; a metric is given all logits, in the set's order.
 
     Raises `TrainingDiverged` beginning with `told` when a logit is NaN.
     """
-    mine = range(accelerator.process_index, len(dataset), accelerator.num_processes)
-    logits, labels = predict(model, dataset, indices=mine, workers=recipe.workers) if len(mine) else (None, None)
+    mine = batches.sampler
+    logits, labels = evaluate.predict_batches(model, batches) if len(mine) else (None, None)
     counts = torch.zeros(3, device=accelerator.device)
     if len(mine):
         if metric is None:
@@ -395,13 +443,24 @@ def fit(
     norm_eval: bool = False,
     progress: bool = True,
     keep: bool = False,
+    processes: int = 1,
 ) -> History:
     """Train the parameters of `model` that require a gradient, in place, and return the `History`.
 
-    `train_set[i]` is (image, label); a set with `__getitems__` is fetched by the batch. `loss(model, images, labels)`
-    replaces cross-entropy (with mixup the labels are probabilities `(B, classes)`); it calls the model it is given.
-    Where the set's labels are floating-point `(B, classes)` in 0..1 (several classes an image), the loss is binary
-    cross-entropy with logits, meant over images and classes, and mixup and label smoothing are refused.
+    >>> import timm, torch
+    >>> from leanvit import train
+    >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2,
+    ...                           num_heads=2, num_classes=4)
+    >>> images = [(torch.randn(3, 32, 32), i % 4) for i in range(8)]
+    >>> history = train.fit(model, images, train.Recipe(batch_size=4, lr=1e-3, epochs=1), progress=False)
+    >>> history.steps, [entry["epoch"] for entry in history.epochs]
+    (2, [1.0])
+
+    `train_set[i]` is (image `(C, H, W)`, label); a set with `__getitems__` is fetched by the batch.
+    `loss(model, images, labels)` replaces cross-entropy (with mixup the labels are probabilities `(B, classes)`); it
+    calls the model it is given. Where the set's labels are floating-point `(B, classes)` in 0..1 (several classes an
+    image), the loss is binary cross-entropy with logits, meant over images and classes, and mixup and label smoothing
+    are refused.
     The model moves to accelerate's device and stays there; its train and eval modes are restored. `norm_eval` keeps
     BatchNorm in eval mode. `test_set`, one set or several by name, is evaluated every `eval_every` epochs and at the
     end; `metric(logits (N, classes), labels) -> float` takes accuracy's place (under the same key of the history).
@@ -410,14 +469,27 @@ def fit(
     model, data and recipe goes on from it, to the same final numbers. At success the checkpoints are removed; with
     `keep` the last one stays, and the same call then returns at once with the trained weights.
 
+    `processes` above 1 divide each batch, and every test set, between them (see `several`); the weights come back into
+    `model`, the numbers are those of one process up to rounding. Data, model, `loss` and `metric` must be picklable;
+    what `loss` changes besides stays in the processes. Inside a group of torchrun it takes part, with 1, too.
+
     Raises `TrainingDiverged` (loss or weights not finite; names the step, the last good checkpoint stays),
     `CheckpointError` (cannot be written, or is another training's), `ValueError` (nothing to train, labels that the
-    head does not have), `KeyboardInterrupt` after the checkpoint of a Ctrl-C.
+    head does not have), `TypeError` (images that are not floating-point), `KeyboardInterrupt` after the checkpoint of a
+    Ctrl-C.
     """
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
     if eval_every < 1:
         raise ValueError(f"fit: eval_every={eval_every} must be at least 1 epoch")
     test_sets = _test_sets(test_set, metric)
+    several.check(processes)
+    if processes > 1:
+        _check(model, train_set, processes, recipe)  # before anything is started
+        return several.run(
+            fit, model, train_set, recipe, processes=processes, test_set=test_set, metric=metric,
+            checkpoint_dir=checkpoint_dir, checkpoint_every_s=checkpoint_every_s, eval_every=eval_every, loss=loss,
+            norm_eval=norm_eval, progress=progress, keep=keep,
+        )  # fmt: skip
     with ExitStack() as stack:
         accelerator = stack.enter_context(_accelerated(recipe, model))
         world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
@@ -426,13 +498,15 @@ def fit(
         batch, steps = _check(model, train_set, world, recipe)
         if folder is not None:
             checkpoint.check_room(folder, model)
-        stack.enter_context(_randomness_restored(device))
+        stack.enter_context(randomness_restored(device))
         stack.enter_context(modes_restored(model))
         interrupted = stack.enter_context(_interrupt_noted())
 
         fingerprint = checkpoint.fingerprint(model, train_set, norm_eval=norm_eval, processes=world, **asdict(recipe))
         mixer = _mixer(model, train_set, recipe)
         model.to(device)
+        if recipe.channels_last:
+            stack.enter_context(_channels_last(model))
         trained = [p for p in model.parameters() if p.requires_grad]
         settings = {"lr": recipe.lr, "weight_decay": recipe.weight_decay, "fused": True}
         if recipe.optimizer == "sgd":
@@ -453,11 +527,10 @@ def fit(
             told = {"step": step, "seconds": seconds, "sums": sums, "epochs": history.epochs}
             checkpoint.save(accelerator, folder, told | {"fingerprint": fingerprint}, model)
 
-        order = _Order(len(train_set), batch, start, steps, recipe.seed, rank, world)
-        loader = DataLoader(
-            _Stream(train_set, recipe.seed), batch_sampler=order, collate_fn=as_it_is, num_workers=recipe.workers,
-            worker_init_fn=_worker_setup, pin_memory=device.type == "cuda",
-        )  # fmt: skip
+        how = {"workers": recipe.workers, "pin_memory": device.type == "cuda"}
+        tests = {k: evaluate.loader(v, indices=range(rank, len(v), world), **how) for k, v in test_sets.items()}
+        stack.callback(_forget_workers, tests.values())
+        layout = torch.channels_last if recipe.channels_last else torch.preserve_format
         check_every = 1 if device.type == "cpu" else 10  # reading the loss stops an accelerator's queue
         pending: list[Tensor] = []
         smoothing = 0.0 if mixer is not None else recipe.label_smoothing  # timm's mixed targets hold it already
@@ -466,13 +539,15 @@ def fit(
         aside = 0.0  # seconds of evaluation and checkpoints
         shown = {} if progress and accelerator.is_main_process else {"disable": True}
         with tqdm(total=steps, initial=start, unit="step", mininterval=0.5, leave=False, **shown) as bar:
-            for step, (images, labels) in enumerate(loader, start + 1):  # steps count from 1
+            batches = loader(train_set, recipe, batch, steps, device, start=start, rank=rank, world=world)
+            for step, (images, labels) in enumerate(batches, start + 1):  # steps count from 1
                 if step == start + 1:
                     _check_batch(model, images, labels, recipe)
-                    several = loss is None and labels.is_floating_point()
-                    if several:
+                    many = loss is None and labels.is_floating_point()
+                    if many:
                         _check_several(model, labels, recipe)
-                images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+                images = images.to(device, non_blocking=True, memory_format=layout)
+                labels = labels.to(device, non_blocking=True)
                 _seed(mix_seed(recipe.seed, "step", step, rank), device)
                 if mixer is not None:
                     images, labels = mixer(images.clone(), labels)
@@ -482,7 +557,7 @@ def fit(
                 with accelerator.autocast():
                     if loss is not None:
                         value = loss(prepared, images, labels)
-                    elif several:
+                    elif many:
                         value = F.binary_cross_entropy_with_logits(prepared(images).float(), labels.float())
                     else:
                         value = F.cross_entropy(prepared(images).float(), labels, label_smoothing=smoothing)
@@ -512,8 +587,8 @@ def fit(
                     entry = {"epoch": epoch, "step": step, "loss": sums[0] / sums[1], "lr": lr}
                     sums = [0.0, 0]
                     if test_sets and (int(epoch) % eval_every == 0 or step == steps):
-                        ask = (recipe, metric, f"after step {step} of {steps}")
-                        scores = {k: _score(accelerator, model, v, *ask) for k, v in test_sets.items()}
+                        ask = (metric, f"after step {step} of {steps}")
+                        scores = {k: _score(accelerator, model, v, *ask) for k, v in tests.items()}
                         entry |= {"accuracy": scores[""]} if "" in scores else {"accuracies": scores}
                     history.epochs.append(entry)
                 if folder is not None and (save_now or stop_now or (keep and step == steps)):

@@ -31,6 +31,7 @@ from collections.abc import Iterable, Sized
 import torch
 from torch import Tensor, nn
 
+from leanvit import several
 from leanvit.evaluate import modes_restored
 from leanvit.uvc_budget import magnitude_plan, random_plan
 from leanvit.uvc_cost import LatencyTable, measure_latency
@@ -69,9 +70,19 @@ def search(
 
     Its modules are in train or eval mode afterwards as they were before.
 
+    >>> import timm, torch
+    >>> from leanvit import uvc
+    >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2,
+    ...                           num_heads=2, num_classes=4)
+    >>> batches = [(torch.randn(4, 3, 32, 32), torch.arange(4))]
+    >>> plan = uvc.search(model, batches, budget=0.6, steps=4)
+    >>> plan.ratio() <= 0.6
+    True
+
     Args:
         batches: of (images `(B, C, H, W)`, labels `(B,)` or probabilities), gone through again and again: a list or a
-            DataLoader, shuffled. The search opens no data set of its own.
+            DataLoader, shuffled. The search opens no data set of its own. Each of several processes takes its part of
+            every batch (see `several`).
         budget: part of the dense FLOPs, or of the dense milliseconds with `latency` (from `measure_latency`).
         steps: of the search, by default one pass ("corrected"). "faithful" runs `flags.num_epochs + 1` passes.
         loss: `loss(model, images, labels)`; by default cross-entropy, with `distill.Distill` a distillation.
@@ -106,7 +117,7 @@ def search(
                     if solver.done:
                         break
                     if k >= skip:
-                        solver.step(images, labels)
+                        solver.step(*several.share(images, labels))
                 skip = 0
             return solver.plan()
     finally:

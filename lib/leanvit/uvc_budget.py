@@ -1,9 +1,9 @@
 """Plans that meet a budget exactly, in FLOPs or in measured latency, and the controls at equal cost.
 
-`meet` is the finish of a search (specification, 2.8 f and g): from any starting counts it removes the group of the
-least relative norm per cost while the budget is exceeded, and gives back the most valuable that fits while something
-does. `magnitude_plan` and `random_plan` are the same from the dense model, with the weights' norms and with random
-ones: what a search must beat.
+`meet` is the finish of a search (UVC's specification, 2.8 f and g): from any starting counts it removes the group of
+the least relative norm per cost while the budget is exceeded, and gives back the most valuable that fits while
+something does. `magnitude_plan` and `random_plan` are the same from the dense model, with the weights' norms and with
+random ones: what a search must beat.
 """
 
 import random
@@ -101,7 +101,9 @@ def _sorted_sums(a: Tensor) -> list[float]:
 def floor(
     cost: FlopsCost | LatencyCost, *, round_units: int, round_dims: int | None, skip: bool, fixed: Collection[str] = ()
 ) -> float:
-    """The smallest ratio that a plan can have: every block at its smallest, with `skip` only the cheapest of them."""
+    """The smallest ratio of the dense cost that a plan can have: every block at its smallest, with `skip` only the
+    cheapest of them.
+    """
     blocks = []
     for i, shape in enumerate(cost.shapes.blocks):
         width = min(round_dims, max(shape.values)) if round_dims else max(shape.values)
@@ -111,7 +113,7 @@ def floor(
 
 
 def check_budget(budget: float, cost: FlopsCost | LatencyCost, lowest: float) -> None:
-    """Raise `ValueError` for a budget outside (floor, 1]."""
+    """Raise `ValueError` for a budget outside [lowest, 1] of the dense cost."""
     if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget <= 1:
         raise ValueError(f"budget={budget!r} must be a part of the dense model's {cost.name}, in (0, 1]")
     if budget < lowest:
@@ -134,10 +136,11 @@ def meet(
     fixed: Collection[str] = (),
     absolute: bool = False,
 ) -> Plan:
-    """The plan near `start` whose cost is at most the budget, and less than one group below it.
+    """The plan near `start` whose cost, in MACs or ms, is at most the budget, and less than one group below it.
 
     Args:
         norms: of all groups, by block.
+        budget: part of the dense cost.
         start: counts of each block, None for a skipped one; by default everything.
         gates: of each block how much it should run; blocks are skipped or restored in that order where widths alone
             cannot meet the budget. None: skipped blocks stay skipped, and no other is.
@@ -147,7 +150,8 @@ def meet(
         absolute: the norms are of one unit over all blocks and kinds (`uvc_importance`); else they count as parts of
             the sum of their block and kind.
 
-    Raises `ValueError` for a budget below the floor.
+    Raises `ValueError` for a budget below the floor, one that the running blocks cannot meet, value dimensions under a
+    latency table, and sizes below 1.
     """
     if round_units < 1 or (round_dims is not None and round_dims < 1):
         raise ValueError(f"round_units={round_units} and round_dims={round_dims} must be at least 1")
@@ -279,7 +283,14 @@ def magnitude_plan(
 ) -> Plan:
     """The groups of the least relative norm per cost go until the budget is met; blocks `skip` go first.
 
-    Raises `ValueError` for a budget below the floor and for a model that cannot be cut.
+    >>> import timm, torch
+    >>> from leanvit import uvc
+    >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2,
+    ...                           num_heads=2, num_classes=4)
+    >>> uvc.magnitude_plan(model, 0.5).ratio() <= 0.5
+    True
+
+    Raises `ValueError` for a budget below the floor, a block that is not there and a model that cannot be cut.
     """
     cost = _cost(model, latency)
     start = _start(cost.shapes, skip)
@@ -299,7 +310,10 @@ def random_plan(
     round_dims: int | None = None,
     latency: LatencyTable | None = None,
 ) -> Plan:
-    """As `magnitude_plan`, with random numbers for norms: which groups go, and how many of each kind, is chance."""
+    """As `magnitude_plan`, with random numbers for norms: which groups go, and how many of each kind, is chance.
+
+    Raises `ValueError` as `magnitude_plan`.
+    """
     cost = _cost(model, latency)
     generator = torch.Generator().manual_seed(seed)
     drawn = random.Random(seed)

@@ -55,7 +55,7 @@ class FlopsCost:
 
     def ratio(self, s: Tensor, r: Tensor, dead: Tensor, run: Tensor) -> Tensor:
         """R, `()`, the part of the dense multiply-adds, of real-numbered counts `s (L, 2)` and `r (L, most heads)`,
-        differentiable; see `uvc_math.flops_ratio`.
+        differentiable; these, dead and run as in `uvc_math.flops_ratio`.
         """
         return flops_ratio(self.shapes, s, r, dead, run, paper=False, tokens=self.tokens)
 
@@ -171,14 +171,16 @@ def measure_latency(
         clock: seconds; `time.process_time` for CPU time on a machine that others use. By default wall clock, on CUDA
             events.
 
-    Raises `ValueError` for a model that UVC cannot cut or whose blocks differ in size. The published method knows no
-    latency.
+    Raises `ValueError` for points or rounds below 1, a model that UVC cannot cut, or one whose blocks differ in size.
+    The published method knows no latency.
     """
     shapes = read_shapes(model)
     if len(set(shapes.blocks)) != 1:
         raise ValueError("a latency table is of a model whose blocks are all alike; measure it before the first cut")
     images = blank_images(model, 1) if images is None else images
     shape, device = shapes.blocks[0], device_of(model)
+    if points < 1:
+        raise ValueError(f"measure_latency: points={points} must be at least 1")
     heads = sorted({max(1, round(shape.heads * i / points)) for i in range(1, points + 1)})
     units = sorted({max(1, round(shape.hidden * i / points / 16) * 16) for i in range(1, points)} | {shape.hidden})
     tokens = torch.randn(len(images), shapes.tokens, shapes.width, device=device, dtype=images.dtype)

@@ -1,4 +1,4 @@
-"""UVC's solver as its authors released it, defects included where they change a result (specification, 2 and 5.1).
+"""UVC's solver as its authors released it, defects included where they change a result (UVC's specification, 2, 5.1).
 
 What is kept: one clip and one rate for head and unit counts, so that units starve (P1); z by plain ascent, so that it
 winds up (P3); no resource gradient where |R - b| exceeds `z_grad_clip` (P4; one at the bound, as in torch 1.7);
@@ -47,6 +47,8 @@ class FaithfulSearch(Trainer):
         steps_per_epoch: warm-up, z's schedule and eps go by epochs, counted from 1.
         loss: `loss(model, images, labels)`; theirs is `distill.Distill(teacher, 0.1, 1.0, per_class=True)`.
         follow_zlr_schedule: let `zlr_schedule_list` act as it was meant to; theirs stays at its first number.
+
+    Raises `ValueError` for steps that are no whole number of at least 1 and for a model that cannot be cut.
     """
 
     mode = "faithful"
@@ -73,6 +75,7 @@ class FaithfulSearch(Trainer):
         self.refresh()
 
     def learning_rate(self, step: int) -> float:
+        """AdamW's at step `step` from 1: a line from 0, then a half cosine to 0 one epoch before the end (2.3)."""
         lr, warm = self.flags.learning_rate, self.flags.warmup_steps
         if step < warm:
             return lr * step / warm
@@ -85,35 +88,40 @@ class FaithfulSearch(Trainer):
         return max(0, self.step_number - 1) // self.steps_per_epoch + 1
 
     def in_warmup(self, step: int) -> bool:
+        """Whether the weights alone learn at step `step` from 1."""
         f = self.flags
         return bool(f.enable_warmup) and (step - 1) // self.steps_per_epoch + 1 <= f.warmup_epochs
 
     def z_rate(self) -> float:
+        """The rate of z's ascent in this epoch; theirs is the schedule's first number (P2)."""
         schedule = zlr_schedule(self.flags.zlr_schedule_list, self.flags.num_epochs)
         if not self.follow:
             return schedule[0]
         return schedule[max(e for e in schedule if e <= self.epoch)]
 
     def eps(self) -> float:
-        """Smoothing of the gates without Gumbel noise."""
+        """Smoothing of the gates without Gumbel noise (specification, 2.3)."""
         warm = self.flags.warmup_epochs if self.flags.enable_warmup else 0
         return self.flags.eps * self.flags.eps_decay ** max(0, self.epoch - warm - 1)
 
     # --- the weights' part
 
     def first_logits(self) -> Tensor:
+        """`(L, 2)`: -1 to skip, 1 to run (specification, 1.2)."""
         return torch.tensor([[-1.0, 1.0]]).repeat(len(self.shapes.blocks), 1).requires_grad_()
 
     def optimized(self) -> list[Tensor]:
+        """The weights, of any shape, and the logits `(L, 2)`, which AdamW moves as well (P8)."""
         return [*self.trained, self.logits] if self.flags.enable_block_gating else self.trained
 
     def draw_gates(self) -> Tensor | None:
+        """Run weights `(L,)`: a half in the warm-up, then a draw (specification, 2.3); ones without block gating."""
         if self.in_warmup(self.step_number + 1) and self.flags.enable_block_gating:
             return torch.full((len(self.shapes.blocks),), 0.5, device=self.device)
         return self.sample(self.logits, "forward", self.step_number + 1).to(self.device)
 
     def sample(self, logits: Tensor, purpose: str, step: int) -> Tensor:
-        """Run weights `(L,)`: a soft Gumbel sample of its own for each purpose and step."""
+        """Run weights `(L,)` of `logits (L, 2)`: a soft Gumbel sample of its own for each purpose and step."""
         if not self.flags.enable_block_gating:
             return torch.ones(len(logits))
         if not self.flags.use_gumbel:
@@ -121,12 +129,14 @@ class FaithfulSearch(Trainer):
         return soft_gate(logits[:, 1] - logits[:, 0], logistic_noise(len(logits), mix_seed(self.seed, purpose, step)))
 
     def refresh(self) -> None:
+        """Gates of evaluation are the argmax."""
         g = self.logits.detach()
         self.hooks.exported = (g[:, 1] > g[:, 0]).float()
 
     # --- the structure's part
 
     def decide(self) -> dict:
+        """The rest of the authors' iteration (specification, 2.2, steps 2 to 6); the entry for the history."""
         norms = self.norms()
         self._shrink(norms)
         ratio = None
@@ -172,7 +182,7 @@ class FaithfulSearch(Trainer):
         return float(abs(ratio.item() - self.flags.budget) <= self.flags.z_grad_clip)
 
     def move_counts(self, norms: list[Norms]) -> None:
-        """One step of s and r by plain SGD; heads and units share one clip."""
+        """One step of s and r by plain SGD; heads and units share one clip (specification, 2.2, step 4)."""
         s, r = self.s.clone().requires_grad_(), self.r.clone().requires_grad_()
         run = self.sample(self.logits.detach(), "counts", self.step_number)
         ratio = self._ratio(s, r, run, norms)
@@ -194,7 +204,9 @@ class FaithfulSearch(Trainer):
             x.copy_(x.clamp(min=0).minimum(limit))
 
     def move_gates(self, norms: list[Norms], task: Tensor | None) -> None:
-        """Collect the gates' gradient; every `gating_interval` steps take the ramp-weighted mean as one SGD step."""
+        """Collect the gates' gradient, of the task `(L, 2)`; every `gating_interval` steps take the ramp-weighted mean
+        as one SGD step (specification, 2.2, step 5).
+        """
         f, t = self.flags, self.step_number
         if not f.enable_block_gating:
             return
@@ -214,7 +226,7 @@ class FaithfulSearch(Trainer):
         self.collected_count.zero_()
 
     def move_duals(self, norms: list[Norms]) -> float:
-        """Ascent of y, p and z; returns the R that z saw, on gates of its own draw."""
+        """Ascent of y, p and z; returns the R that z saw, on gates of its own draw (specification, 2.2, step 6)."""
         for i, n in enumerate(norms):
             for kind, a in enumerate((n.heads, n.units)):
                 self.y[i, kind] += self.flags.ylr * a[smallest(a, self.s[i, kind])].sum()
@@ -228,10 +240,11 @@ class FaithfulSearch(Trainer):
 
     @property
     def done(self) -> bool:
+        """Whether all steps are taken."""
         return self.step_number >= self.steps
 
     def plan(self) -> Plan:
-        """The argmax architecture of this moment: R is what it is, not the budget."""
+        """The argmax architecture of this moment: R is what it is, not the budget (specification, 2.5)."""
         norms, blocks = self.norms(), []
         for i, (shape, n) in enumerate(zip(self.shapes.blocks, norms, strict=True)):
             if not self.hooks.exported[i] and self.flags.enable_block_gating:
@@ -251,6 +264,7 @@ class FaithfulSearch(Trainer):
     # --- state
 
     def variables(self) -> dict[str, Tensor]:
+        """s `(L, 2)`, r `(L, most heads)`, the logits `(L, 2)`, the duals and what else a step moves, by name."""
         return {
             "s": self.s,
             "r": self.r,
@@ -264,6 +278,7 @@ class FaithfulSearch(Trainer):
         }
 
     def identity(self) -> dict:
+        """Flags, steps an epoch and shapes."""
         return {
             "mode": self.mode,
             "flags": asdict(self.flags),

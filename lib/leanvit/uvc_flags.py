@@ -1,4 +1,7 @@
-"""The flags of UVC's released command line: which do something, with what default, and why others are refused."""
+"""The flags of UVC's released command line: which do something, with what default, and why others are refused.
+
+See the specification of UVC (arXiv 2203.08243), sections 2.7 and 3.
+"""
 
 import difflib
 import math
@@ -52,7 +55,10 @@ README = (
 
 @dataclass(frozen=True)
 class Flags:
-    """The authors' flags that do something, with the values of their README's command (the last ones are hidden)."""
+    """The authors' flags that do something, with the values of their README's command (the last ones are hidden).
+
+    Raises `ValueError` for a value of another kind or out of range.
+    """
 
     budget: float = 0.5
     num_epochs: int = 30
@@ -108,10 +114,13 @@ class Parsed:
 
 
 def zlr_schedule(text: str, num_epochs: int) -> dict[int, float]:
-    """`{first epoch: rate of z}` of a list "v0,v1,..": v_j from epoch `j floor(num_epochs / m)` on.
+    """`{first epoch: rate of z}` of a list "v0,v1,..", v_j from epoch `j floor(num_epochs / m)` (specification, 2.3).
 
-    "1,5,9,13,17" and 30 epochs: {0: 1, 6: 5, 12: 9, 18: 13, 24: 17}. Raises `ValueError` for anything but numbers, or
-    more of them than epochs.
+    >>> from leanvit.uvc_flags import zlr_schedule
+    >>> zlr_schedule("1,5,9,13,17", 30)
+    {0: 1.0, 6: 5.0, 12: 9.0, 18: 13.0, 24: 17.0}
+
+    Raises `ValueError` for anything but numbers, or more of them than epochs.
     """
     try:
         rates = [float(v) for v in text.split(",")]
@@ -127,6 +136,10 @@ def from_flags(flags: Mapping[str, Any] | Sequence[str], *, inert: str = "refuse
 
     A flag that did nothing in their code, or crashed it, raises `ValueError` with the reason; with `inert="drop"` it is
     left out and listed, so that the README's command (`README`) can be taken as it is. Unknown flags raise always.
+
+    >>> from leanvit.uvc_flags import README, from_flags
+    >>> from_flags(README, inert="drop").inert["patch_weight"]
+    "--patch_weight 5: it is parsed and never used in the authors' code"
     """
     if inert not in ("refuse", "drop"):
         raise ValueError(f'inert={inert!r} must be "refuse" or "drop"')
@@ -165,8 +178,10 @@ def _pairs(words: Sequence[str]) -> dict[str, Any]:
     for word in words:
         if word.startswith("--"):
             name, _, value = word.partition("=")
+            if name in pairs:
+                raise ValueError(f"{name} is given twice")
             pairs[name] = value if value else True
-        elif name is None:
+        elif name is None or pairs[name] is not True:
             raise ValueError(f"{word!r} follows no flag")
         else:
             pairs[name] = word

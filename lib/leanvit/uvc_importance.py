@@ -16,9 +16,9 @@ MEMORY = 30  # steps: the running mean forgets what the weights were before
 
 
 def squares(shapes: Shapes, probes: dict[tuple[int, str], Tensor]) -> Tensor:
-    """`(L, most heads + most values + most units)`: each group's sum over images of squared gradients, zero-padded.
+    """`(L, most heads + most values + most units)`: each group's mean over images of squared gradients, zero-padded.
 
-    `probes` have the gradients of a mean over the batch; blocks that did not run have none.
+    `probes`, `(B, 1, columns)` each, have the gradients of a mean over the batch; blocks that did not run have none.
     """
     heads, values, units = widths(shapes)
     found = torch.zeros(len(shapes.blocks), heads + values + units)
@@ -46,7 +46,7 @@ def widths(shapes: Shapes) -> tuple[int, int, int]:
 
 
 def as_norms(shapes: Shapes, importance: Tensor) -> list[Norms]:
-    """The table of `squares` by block."""
+    """The table of `squares`, `(L, most heads + most values + most units)`, by block."""
     heads, values, _ = widths(shapes)
     found = []
     for row, shape in zip(importance, shapes.blocks, strict=True):

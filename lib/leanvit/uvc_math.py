@@ -1,7 +1,7 @@
 """The pieces of UVC's problem: group norms, least-k sums, proximal step, gates, distance to the budget, control of z.
 
-Equations in words and their provenance: UVC's specification, sections 1 and 2. All of it is plain torch; the two
-solvers (`uvc_search.py`, `uvc_faithful.py`) put the pieces together.
+Equations in words and their provenance: UVC (arXiv 2203.08243), specification, sections 1 and 2. All of it is plain
+torch; the two solvers (`uvc_search.py`, `uvc_faithful.py`) put the pieces together.
 """
 
 import math
@@ -21,7 +21,10 @@ TAU = 0.5  # temperature of the block gates
 
 @dataclass(frozen=True)
 class Norms:
-    """Squared norms of one block's groups: `dims[i] (values of head i,)`, `heads (heads,)`, `units (hidden,)`."""
+    """Squared norms of one block's groups: `dims[i] (values of head i,)`, `heads (heads,)`, `units (hidden,)`.
+
+    c, hd and m of the specification, 1.1.
+    """
 
     dims: tuple[Tensor, ...]
     heads: Tensor
@@ -31,7 +34,7 @@ class Norms:
 def group_norms(model: nn.Module, shapes: Shapes) -> list[Norms]:
     """Squared norms of the columns of `attn.proj` (value dimensions, heads) and `mlp.fc2` (hidden units), by block.
 
-    A layer that ComCAT has factored counts as the product of its factors.
+    A layer that ComCAT has factored counts as the product of its factors (specification, 1.1).
 
     Raises `ValueError` that names a layer with a norm that is not finite.
     """
@@ -56,7 +59,9 @@ def product(layer: nn.Module) -> Tensor:
 
 
 def unit_columns(mlp: nn.Module) -> Tensor:
-    """The weight whose columns are the hidden units' way out: that of fc2, or of the first of its factors."""
+    """The weight whose columns are the hidden units' way out: that of fc2 `(width, hidden)`, or of the first of its
+    factors `(rank, hidden)`.
+    """
     return mlp.fc2.first.weight if isinstance(mlp.fc2, FactoredLinear) else mlp.fc2.weight
 
 
@@ -80,8 +85,16 @@ class _LeastK(torch.autograd.Function):
 def least_k(a: Tensor, k: Tensor) -> Tensor:
     """T_k(a): the sum of the ceil(k) smallest of `a (n,)`, zero exactly when that many of them are (section 1.3).
 
-    The derivative in the real number `k` is the next smallest entry, at k = n the largest; in `a` it is 1 for the
-    members of the sum.
+    The derivative in the real number `k ()` is the next smallest entry, at k = n the largest; in `a` it is 1 for the
+    members of the sum. Raises `ValueError` for a k outside of 0..n.
+
+    >>> import torch
+    >>> from leanvit.uvc_math import least_k
+    >>> k = torch.tensor(1.5, requires_grad=True)
+    >>> total = least_k(torch.tensor([3.0, 1.0, 2.0]), k)
+    >>> total.backward()
+    >>> total.item(), k.grad.item()
+    (3.0, 3.0)
     """
     count = float(k.detach())
     if not 0 <= count <= len(a):
@@ -90,18 +103,20 @@ def least_k(a: Tensor, k: Tensor) -> Tensor:
 
 
 def next_smallest(a: Tensor, k: Tensor) -> Tensor:
-    """d T_k / d k: the (ceil(k) + 1)-th smallest of `a`, the largest when none is left."""
+    """d T_k / d k: the (ceil(k) + 1)-th smallest of `a (n,)` as `()`, the largest when none is left (2.2, step 4)."""
     return a.sort().values[min(int(k.ceil()), len(a) - 1)]
 
 
 def smallest(a: Tensor, k: Tensor | float) -> Tensor:
-    """Indices of the ceil(k) smallest of `a (n,)`."""
+    """Indices of the ceil(k) smallest of `a (n,)`, `(ceil(k),)`."""
     return a.argsort()[: math.ceil(float(k))]
 
 
 @torch.no_grad()
 def shrink_(weight: Tensor, columns: Tensor, strength: Tensor | float) -> None:
-    """Proximal step of y T_k on the columns of its sum, in place: `w <- w / (1 + 2 eta y)`, `strength` = eta y."""
+    """Proximal step of y T_k on `columns (k,)` of `weight (out, in)`, in place: `w <- w / (1 + 2 eta y)`, `strength` =
+    eta y (specification, 2.2, step 2).
+    """
     if len(columns):
         weight[:, columns] /= 1 + 2 * strength
 
@@ -110,12 +125,12 @@ def shrink_(weight: Tensor, columns: Tensor, strength: Tensor | float) -> None:
 
 
 def ceil_through(x: Tensor) -> Tensor:
-    """ceil(x), with the derivative of x."""
+    """ceil(x), with the derivative of x, for `x` of any shape."""
     return x + (x.ceil() - x).detach()
 
 
 def dead_heads(norms: list[Norms], removed: Tensor) -> Tensor:
-    """`(L, most heads)` bool: the ceil(removed[l]) heads of smallest norm of each block."""
+    """`(L, most heads)` bool: the ceil(removed[l]) heads of smallest norm of each block, for `removed (L,)`."""
     dead = torch.zeros(len(norms), max(len(n.heads) for n in norms), dtype=torch.bool)
     for i, n in enumerate(norms):
         dead[i, smallest(n.heads, removed[i]).cpu()] = True
@@ -123,11 +138,12 @@ def dead_heads(norms: list[Norms], removed: Tensor) -> Tensor:
 
 
 def flops_ratio(shapes: Shapes, s: Tensor, r: Tensor, dead: Tensor, run: Tensor, *, paper: bool, tokens: int) -> Tensor:
-    """R (specification, 1.6), differentiable: counts are rounded up, their derivatives pass straight through.
+    """R (specification, 1.6) as `()`, differentiable: counts are rounded up, their derivatives pass straight through.
 
     Args:
         s: `(L, 2)` heads and hidden units to remove, real numbers.
-        r: `(L, most heads)` value dimensions to remove in each head; those of `dead` heads do not count.
+        r: `(L, most heads)` value dimensions to remove in each head; those of `dead` heads, `(L, most heads)` bool, do
+            not count.
         run: `(L,)` weights of the blocks in [0, 1].
         paper: the authors' R, which leaves the V rows of removed dimensions in; else exactly what slicing leaves (of
             a padded block, where its heads are left equally wide, which the corrected solver's finish sees to).
@@ -167,24 +183,24 @@ def logistic_noise(size: int, seed: int) -> Tensor:
 
 
 def soft_gate(logit: Tensor, noise: Tensor, tau: float = TAU) -> Tensor:
-    """Run weight of a two-way Gumbel softmax of (g0, g1), `logit` = g1 - g0; in (0, 1)."""
+    """Run weights in (0, 1), `(L,)`, of two-way Gumbel softmaxes: `logit (L,)` is g1 - g0, noise logistic (1.2)."""
     return torch.sigmoid((logit + noise.to(logit.dtype)) / tau)
 
 
 def hard_gate(logit: Tensor, noise: Tensor, tau: float = TAU) -> Tensor:
-    """0 or 1, 1 with probability sigmoid(logit); the derivative is the soft gate's."""
+    """0 or 1 for each `logit (L,)`, 1 with probability sigmoid(logit) over noise; the soft gate's derivative (2.8b)."""
     soft = soft_gate(logit, noise, tau)
     return soft + ((soft > 0.5).to(soft.dtype) - soft).detach()
 
 
 def likely_gate(logit: Tensor) -> Tensor:
-    """1[logit > 0], the gate of the exported model, with the derivative of sigmoid(logit)."""
+    """1[logit > 0] for `logit (L,)`, the gate of the exported model, with the derivative of sigmoid(logit) (2.8b)."""
     soft = torch.sigmoid(logit)
     return soft + ((logit > 0).to(soft.dtype) - soft).detach()
 
 
 def soft_l0_gate(g: Tensor, eps: float) -> Tensor:
-    """The authors' gate without Gumbel noise: run weight g1^2 / (g1^2 + eps) of `g (L, 2)`."""
+    """The authors' gate without Gumbel noise: run weight `(L,)` g1^2 / (g1^2 + eps) of `g (L, 2)` (2.3)."""
     squared = g[:, 1].square()
     return squared / (squared + eps)
 
@@ -209,6 +225,7 @@ class BudgetControl:
     integral: float = 0.0
 
     def target(self, step: int) -> float:
+        """R's target at step `step` of the ramp."""
         return 1 - (1 - self.budget) * min(1.0, step / max(1.0, self.ramp * self.steps))
 
     def update(self, ratio: float, step: int) -> float:
@@ -219,5 +236,5 @@ class BudgetControl:
 
 
 def ascend(z: float, rate: float, ratio: float, budget: float) -> float:
-    """The authors' z: `max(0, z + rate (R - b))`."""
+    """The authors' z: `max(0, z + rate (R - b))` (specification, 2.2, step 6)."""
     return max(0.0, z + rate * (ratio - budget))

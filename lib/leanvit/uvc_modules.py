@@ -1,4 +1,7 @@
-"""The modules of a model that UVC has cut, where timm's own do not serve: heads of several widths, fewer patches."""
+"""The modules of a model that UVC has cut, where timm's own do not serve: heads of several widths, fewer patches.
+
+What is left of an attention is that of UVC's specification, 5.3.
+"""
 
 from collections.abc import Sequence
 
@@ -10,8 +13,9 @@ from torch import Tensor, nn
 class SlicedAttention(nn.Module):
     """Self-attention whose heads have `head_dim` query and key dimensions and `values[i]` value dimensions each.
 
-    `(B, N, C) -> (B, N, C)`, with an optional additive or boolean `attn_mask`. Runs of neighbouring heads of equal
-    width are computed together, so heads sorted by width are the fastest.
+    `(B, N, C) -> (B, N, C)`, with an optional additive or boolean `attn_mask`; `ValueError` for one mask a head. Runs
+    of neighbouring heads of equal width are computed together, so heads sorted by width are the fastest
+    (specification, 5.3).
     """
 
     def __init__(self, attn: nn.Module, qkv: nn.Linear, proj: nn.Linear, values: Sequence[int]):
@@ -71,7 +75,7 @@ class SlicedAttention(nn.Module):
 
 
 class KeepPatches(nn.Module):
-    """Takes the kept patch tokens (their position embeddings are added by then) out of `(B, prefix + n, C)`.
+    """`(B, prefix + n, C) -> (B, prefix + kept, C)`: takes the kept patch tokens, with their position embeddings, out.
 
     `tokens`: prefix + n, those of the grid on which the patches were chosen; any other number is a `ValueError`.
     """
@@ -97,4 +101,13 @@ def check_grid(x: Tensor, tokens: int) -> None:
         raise ValueError(
             f"KeepPatches: tokens={x.shape[1]} must be {tokens}, those of the grid that the plan was made for; patches "
             "are kept by their places, so give images of that size"
+        )
+
+
+def refuse_open_search(model: nn.Module, what: str) -> None:
+    """Raise `ValueError` where the gates and masks of a search that was not closed still act on `model`."""
+    hooks = [h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    if any(getattr(hook, "__module__", None) == "leanvit.uvc_training" for hook in hooks):
+        raise ValueError(
+            f"{what}: a UVC search is open on this {type(model).__name__}; call its close() first (before copying it)"
         )

@@ -65,9 +65,11 @@ class Shapes:
 
     @property
     def tokens(self) -> int:
+        """Tokens of an image in the blocks."""
         return self.prefix + self.patches
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain data; `from_dict` reads it back."""
         data = json.loads(json.dumps(asdict(self)))
         # what stock models do not have is left out, so that their plans' texts stay what they were
         if not any(self.pool_macs):
@@ -79,6 +81,7 @@ class Shapes:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Shapes":
+        """The shapes of `to_dict`; what stock models do not have may be left out."""
         blocks = tuple(
             BlockShape(**{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in b.items()})
             for b in data["blocks"]
@@ -99,7 +102,8 @@ class BlockPlan:
 class Plan:
     """The decision of a search, as plain data: `blocks[l]` is None where block l goes, `patches` None where all stay.
 
-    `shapes` are those of the model the plan is for; `origin` says how it was found (mode, budget, steps ...).
+    `shapes` are those of the model the plan is for; `origin` says how it was found (mode, budget, steps ...). Raises
+    `ValueError` for numbers that contradict the shapes.
     """
 
     shapes: Shapes
@@ -133,7 +137,7 @@ class Plan:
         return self.macs() + self.tokens * self.shapes.width * removed
 
     def ratio(self) -> float:
-        """R of the sliced model: `macs()` as a part of the dense model's."""
+        """R of the sliced model: `macs()` as a part of the dense model's (specification, 1.6)."""
         return self.macs() / dense_macs(self.shapes)
 
     def to_json(self) -> str:
@@ -210,7 +214,7 @@ def _problem(plan: Plan) -> str | None:
 
 
 def attention_macs(shape: BlockShape, width: int, tokens: int) -> int:
-    """Multiply-adds of the attention of one image: qkv, the two products, projection."""
+    """Multiply-adds of the attention of one image: qkv, the two products, projection (specification, 1.6)."""
     if shape.padded:
         wide = sum(max(shape.head_dim, v) for v in shape.values)
         rows = 2 * shape.heads * shape.head_dim + 2 * sum(shape.values)
@@ -220,7 +224,9 @@ def attention_macs(shape: BlockShape, width: int, tokens: int) -> int:
 
 
 def mlp_macs(shape: BlockShape, width: int, tokens: int) -> int:
-    """Multiply-adds of the MLP of one image; a layer factored at rank r takes `r (in + out)` a token."""
+    """Multiply-adds of the MLP of one image (specification, 1.6); a layer factored at rank r takes `r (in + out)` a
+    token.
+    """
     return sum(tokens * (width * shape.hidden if r is None else r * (width + shape.hidden)) for r in shape.mlp_ranks)
 
 
@@ -308,7 +314,7 @@ def embed_macs(model: nn.Module) -> int:
 def pool_macs(model: nn.Module) -> tuple[int, int]:
     """`(a, b)`: timm's attention pooling takes a + b N multiply-adds an image, with N tokens in the blocks.
 
-    a is negative where much of the prefix is left out of the pooling.
+    a is negative where much of the prefix is left out of the pooling. The paper's models have none.
 
     Raises `ValueError` for another pooling with layers of its own.
     """
@@ -326,6 +332,14 @@ def pool_macs(model: nn.Module) -> tuple[int, int]:
 
 def read_shapes(model: nn.Module) -> Shapes:
     """The shapes of a timm vision transformer with a flat list of blocks of timm's Attention and Mlp.
+
+    >>> import timm
+    >>> from leanvit.uvc_plan import dense_macs, read_shapes
+    >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2,
+    ...                           num_heads=2, num_classes=4)
+    >>> shapes = read_shapes(model)
+    >>> shapes.tokens, dense_macs(shapes)  # multiply-adds of one image
+    (17, 553088)
 
     Raises `ValueError` that names the block for anything else (hierarchical models, RoPE, gated MLPs, adapters).
     """

@@ -1,8 +1,8 @@
 """UVC's corrected solver: normalised variables, straight-through gates, a controlled z, an exact finish.
 
-The problem is the paper's, min L(W, g) subject to least-k sums of zero and R <= b; the solver is that of the
-specification, 2.8, items (a) to (i). Steps and gains are given for a whole search and divided by its length, so that a
-search of twice the steps takes the same path at half the pace.
+The problem is the paper's (arXiv 2203.08243), min L(W, g) subject to least-k sums of zero and R <= b; the solver is
+that of the specification, 2.8, items (a) to (i). Steps and gains are given for a whole search and divided by its
+length, so that a search of twice the steps takes the same path at half the pace.
 """
 
 import bisect
@@ -128,16 +128,21 @@ class CorrectedSearch(Trainer):
     # --- the weights' part
 
     def learning_rate(self, step: int) -> float:
-        """A line from 0, then constant while the structure moves, then a half cosine to 0 for what is left."""
+        """A line from 0, then constant while the structure moves, then a half cosine to 0 for what is left.
+
+        The released schedule (specification, 2.3) falls from the start.
+        """
         if step < self.lr_warmup:
             return self.lr * step / self.lr_warmup
         done = (step - self.settle_step) / max(1, self.steps - self.settle_step)
         return self.lr * (1 + math.cos(math.pi * min(1.0, max(0.0, done)))) / 2
 
     def first_logits(self) -> Tensor:
+        """`(L,)`: `gate_start` of the settings."""
         return torch.full((len(self.shapes.blocks),), float(self.settings.gate_start), requires_grad=True)
 
     def draw_gates(self) -> Tensor | None:
+        """Hard gates `(L,)` (2.8b), None where blocks may not go; those of the plan once it is found."""
         t = self.step_number + 1
         if self.patch_steps and self.patches is None:
             self.hooks.patch_gate = torch.ones(self.shapes.patches, device=self.device, requires_grad=True)
@@ -150,6 +155,7 @@ class CorrectedSearch(Trainer):
         return hard_gate(self.logits, noise).to(self.device)
 
     def before_update(self) -> None:
+        """Read the gradients of the probes in front of groups and patches."""
         probes, self.hooks.probes = self.hooks.probes, None
         if probes is not None:
             self.squares = squares(self.shapes, probes)
@@ -159,6 +165,7 @@ class CorrectedSearch(Trainer):
             self.patch_gradient = gate.grad.detach().cpu()
 
     def other_gradients(self) -> list[Tensor]:
+        """Those of the gates `(L,)`, the groups' `(L, widths)` and `(L, 1)`, the patches' `(n,)`."""
         gradients = [] if self.logits.grad is None else [self.logits.grad]
         if self.found is None and self.settings.importance == "loss":
             gradients += [self.squares, self.ran]
@@ -167,6 +174,7 @@ class CorrectedSearch(Trainer):
     # --- the structure's part
 
     def decide(self) -> dict:
+        """One step of z, widths, gates and duals, the plan when the ramp ends; the entry for the history (2.8)."""
         t = self.step_number
         if self.hooks.patch_gate is not None:
             self.saliency += self.patch_gradient.square()
@@ -244,7 +252,7 @@ class CorrectedSearch(Trainer):
         self._raise_duals(norms)
 
     def move_structure(self, norms: list[Norms]) -> None:
-        """One step of widths and gates under the present duals."""
+        """One step of widths and gates under the present duals (specification, 2.8a)."""
         c, z = self.settings, self.z.item()
         s, r = self.counts().requires_grad_(), self.removed_dims().requires_grad_()
         logits = self.logits.detach().clone().requires_grad_()
@@ -338,6 +346,7 @@ class CorrectedSearch(Trainer):
 
     @property
     def done(self) -> bool:
+        """Whether all steps are taken."""
         return self.step_number >= self.steps
 
     def plan(self) -> Plan:
@@ -354,6 +363,7 @@ class CorrectedSearch(Trainer):
     # --- state
 
     def variables(self) -> dict[str, Tensor]:
+        """Fractions `(L, 2)`, duals, logits `(L,)` and what else a step moves, by name."""
         return {
             "fractions": self.fractions,
             "dim_fractions": self.dim_fractions,
@@ -368,6 +378,7 @@ class CorrectedSearch(Trainer):
         }
 
     def identity(self) -> dict:
+        """Budget, steps, settings, shapes and the table of ms."""
         return {
             "mode": self.mode,
             "budget": self.budget,
@@ -378,6 +389,7 @@ class CorrectedSearch(Trainer):
         }
 
     def extra_state(self) -> dict:
+        """z's integral, the kept patches, the plan as JSON."""
         return {
             "integral": self.control.integral,
             "patches": self.patches,
@@ -385,6 +397,7 @@ class CorrectedSearch(Trainer):
         }
 
     def load_extra_state(self, state: dict) -> None:
+        """Take them back; masks and patches on the model follow."""
         self.control.integral = state["integral"]
         # this search may be further on than the state
         self.found, self.patches, self.cost = None, None, self._cost(self.shapes.tokens)

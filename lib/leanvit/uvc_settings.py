@@ -1,4 +1,7 @@
-"""What the corrected solver of UVC may be told: which kinds of groups may go, rates and gains of a whole search."""
+"""What the corrected solver of UVC may be told: which kinds of groups may go, rates and gains of a whole search.
+
+The quantities are those of UVC's specification, 2.8.
+"""
 
 import math
 from dataclasses import dataclass, fields
@@ -13,6 +16,8 @@ class Settings:
 
     `heads`, `dims`, `units`, `blocks`: what may go. `dims` is off: value dimensions narrower than the keys save FLOPs
     that a CPU hardly notices. `keep_patches`: how many patch positions go through the blocks; the search finds which.
+
+    Raises `ValueError` for a value of another kind or out of range, and where nothing may go.
     """
 
     heads: bool = True

@@ -1,4 +1,4 @@
-"""What UVC removes is really gone: heads, value dimensions, hidden units, whole blocks, patches (specification, 5.3).
+"""What UVC removes is gone: heads, value dimensions, hidden units, whole blocks, patches (UVC's specification, 5.3).
 
 Where whole heads alone go, timm's own `Attention` stays, with fewer heads. Where a head loses value dimensions,
 `SlicedAttention` takes its place. The outputs are those of the model whose weights were masked (`mask`), up to the
@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from leanvit import cuts, state, surgery
+from leanvit import cuts, surgery
 from leanvit.comcat_modules import FactoredAttention, FactoredLinear, Heads, factored_attention, read_heads
 from leanvit.surgery import Report
-from leanvit.uvc_modules import KeepPatches, SlicedAttention
+from leanvit.uvc_modules import KeepPatches, SlicedAttention, refuse_open_search
 from leanvit.uvc_plan import BlockPlan, Plan, Shapes, dense_macs, read_shapes, value_dims
 
 ATTACHED = "uvc_plans"  # attribute of a cut model: the plans that were applied, in their order
@@ -85,7 +85,13 @@ def _by_width(block: BlockPlan) -> BlockPlan:
 
 
 def check_fits(plan: Plan, shapes: Shapes) -> None:
-    """Raise `ValueError` that names the first difference where `plan` is for another model than that of `shapes`."""
+    """Raise `ValueError` that names the first difference where `plan` is for another model than that of `shapes`.
+
+    `TypeError` for something that is no plan.
+    """
+    if not isinstance(plan, Plan):
+        kind = f"{type(plan).__module__}.{type(plan).__name__}"
+        raise TypeError(f"UVC: a leanvit.uvc_plan.Plan is needed, got {kind}; see uvc.search and Plan.from_json")
     theirs, ours = plan.shapes.to_dict(), shapes.to_dict()
     for name in ("model", "architecture", "width", "prefix", "patches", "embed_macs"):
         if theirs[name] != ours[name] and (name != "architecture" or None not in (theirs[name], ours[name])):
@@ -126,6 +132,15 @@ def _sliced(block: nn.Module, plan: BlockPlan) -> dict[str, nn.Module]:
 def apply(model: nn.Module, plan: Plan) -> Report:
     """Cut `model` as `plan` says, in place and for good; all or nothing.
 
+    >>> import timm, torch
+    >>> from leanvit import uvc
+    >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2,
+    ...                           num_heads=2, num_classes=4)
+    >>> plan = uvc.random_plan(model, 0.5, seed=0, skip=[1])
+    >>> report = uvc.apply(model, plan)
+    >>> len(model.blocks), tuple(model.eval()(torch.zeros(1, 3, 32, 32)).shape)
+    (1, (1, 4))
+
     Args:
         model: a timm vision transformer with the shapes of the plan.
 
@@ -133,8 +148,10 @@ def apply(model: nn.Module, plan: Plan) -> Report:
         A `Report`: the layers that were made smaller, the blocks that went, MACs of before and after.
 
     Raises:
-        ValueError: the plan is for another model, or the model cannot be cut; the model is then as it was.
+        ValueError: the plan is for another model, the model cannot be cut, or a search is open on it; `TypeError` for
+            something that is no plan. The model is then as it was.
     """
+    refuse_open_search(model, "apply")
     shapes = read_shapes(model)
     check_fits(plan, shapes)
     kept = [i for i, block in enumerate(plan.blocks) if block is not None]
@@ -195,7 +212,10 @@ def _report(model: nn.Module, plan: Plan, kept: list[int], new: dict[int, dict[s
 
 
 def kept_blocks(model: nn.Module) -> list[int]:
-    """For each block of a cut model, its number in the original one: the index map for feature extraction."""
+    """For each block of a cut model, its number in the original one: the index map for feature extraction.
+
+    Raises `ValueError` where no plan was applied.
+    """
     plans = _plans(model, "kept_blocks")
     numbers = list(range(len(plans[0].blocks)))
     for plan in plans:
@@ -207,7 +227,18 @@ def kept_blocks(model: nn.Module) -> list[int]:
 def mask(model: nn.Module, plan: Plan) -> nn.Module:
     """A copy of `model` as the authors leave it: zeros in the weights, skipped blocks, all shapes as they were.
 
-    For comparison: it computes what the sliced model does at nearly the dense model's cost. Raises as `apply` does.
+    For comparison: it computes what the sliced model does at nearly the dense model's cost (specification, 2.5 and
+    2.6). Raises `ValueError` and `TypeError` as `apply` does.
+
+    >>> import timm, torch
+    >>> from leanvit import uvc
+    >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2,
+    ...                           num_heads=2, num_classes=4).eval()
+    >>> plan, images = uvc.magnitude_plan(model, 0.5), torch.randn(2, 3, 32, 32)
+    >>> masked = uvc.mask(model, plan)
+    >>> report = uvc.apply(model, plan)
+    >>> torch.allclose(model(images), masked(images), atol=1e-5)
+    True
     """
     check_fits(plan, read_shapes(model))
     model = copy.deepcopy(model)
@@ -256,7 +287,7 @@ def load(model: nn.Module, path: str | Path) -> dict:
     Raises `ValueError` for another model, a model that is cut already, or a file of another method, and
     `FileNotFoundError`; the model is then as it was.
     """
-    methods = [method for method, _ in state.read_header(path).get("cuts", [])]
+    methods = [method for method, _ in cuts.stored(path)]
     if "uvc" not in methods:
         raise ValueError(f"load: {path} holds no model cut by UVC ({', '.join(methods) or 'not cut at all'})")
     if getattr(model, ATTACHED, None):
@@ -265,5 +296,5 @@ def load(model: nn.Module, path: str | Path) -> dict:
 
 
 def rebuild(model: nn.Module, text: str) -> None:
-    """Give `model` the shapes of a plan (JSON), in place; the values come from a file."""
+    """Give `model` the shapes of a plan (JSON), in place; values come from a file. Raises `ValueError` as `apply`."""
     apply(model, Plan.from_json(text))

@@ -24,6 +24,8 @@ MAX_GRID = 2**31 - 1
 
 
 class Launch(NamedTuple):
+    """One launch of a kernel of `walsh.cu`."""
+
     expression: str  # the kernel, as C++ names it
     grid: int
     block: tuple[int, int]
@@ -52,13 +54,19 @@ def available() -> bool:
 
 
 def project(x: Tensor, h: int, w: int, prefix: int, bases: Sequence[int], order: int, reflect: bool) -> Tensor:
-    """`(B, prefix + h*w, C) -> (B, prefix + P*R, C)`: `walsh.project` on a float32, float16 or bfloat16 CUDA tensor."""
+    """`(B, prefix + h*w, C) -> (B, prefix + P*R, C)`: `walsh.project` on a float32, float16 or bfloat16 CUDA tensor.
+
+    Raises `TypeError` for another dtype, `ValueError` for another shape.
+    """
     rows = prefix + _pieces(h, w, order) * _rank(bases)
     return _run("project", x, prefix + h * w, rows, h, w, prefix, bases, order, reflect)
 
 
 def expand(z: Tensor, h: int, w: int, prefix: int, bases: Sequence[int], order: int, reflect: bool) -> Tensor:
-    """`(B, prefix + P*R, C) -> (B, prefix + h*w, C)`: the adjoint of `project`, on the same tensors."""
+    """`(B, prefix + P*R, C) -> (B, prefix + h*w, C)`: the adjoint of `project`, on the same tensors.
+
+    Raises `TypeError` for another dtype, `ValueError` for another shape.
+    """
     rows = prefix + _pieces(h, w, order) * _rank(bases)
     return _run("fold" if reflect else "expand", z, rows, prefix + h * w, h, w, prefix, bases, order, reflect)
 
@@ -75,7 +83,7 @@ def plan(
     reflect: bool,
     multiprocessors: int,
 ) -> list[Launch]:
-    """The launches of kernel `kind` (project, expand, fold) that fill the contiguous `out` from `x`.
+    """The launches of kernel `kind` (project, expand, fold) that fill a contiguous `out (B, M, C)` from `x (B, N, C)`.
 
     More than one launch is made only where one grid would exceed what CUDA allows. `multiprocessors=0` never splits the
     rows of a block over groups of threads.

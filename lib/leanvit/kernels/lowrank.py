@@ -176,7 +176,7 @@ def add(
 
 
 def add_ref(y: Tensor, x: Tensor, factors: list[tuple[Tensor, Tensor]], bias: list[Tensor] | None, first: list[int]):
-    """Reference of `add`: the matrices `P_i Q_i^T` built and multiplied."""
+    """Reference of `add`, with its y, x, factors, bias: the matrices `P_i Q_i^T (in, width_i)` built and multiplied."""
     out = y.clone()
     for i, ((p, q), start) in enumerate(zip(factors, first, strict=True)):
         rows = slice(start, start + q.shape[0])
@@ -193,7 +193,10 @@ def kronecker_sum_ref(rules: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def kronecker_sum(rules: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """The same matrix by one product over i: `H[a k/n + b, c m/n + e] = sum_i A_i[a, c] B_i[b, e]`."""
+    """`H (n b, n e)` of `kronecker_sum_ref` by one product over i: `H[a b' + b, c e' + e] = sum_i A_i[a, c] B_i[b, e]`.
+
+    KAdaptation's update (its specification, 1.3), from rules, left, right as there; `b'`, `e'` are the sizes of B_i.
+    """
     n, a, c = rules.shape
     inner = left @ right.mT
     h = (rules.reshape(n, -1).T @ inner.reshape(n, -1)).view(a, c, *inner.shape[1:])
@@ -232,7 +235,8 @@ def factors(s: Tensor, t: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]
 def kronecker_apply(x: Tensor, rules: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """`x H = sum_i A_i^T (X u_i) v_i^T` for `x (..., n b)` without H: three products, any A_i; `(..., n e)`.
 
-    `X` is `x` as `(n, b)`. The sum over i stays in front, so that no product has to copy its operands.
+    `X` is `x` as `(n, b)`; rules, left, right as in `kronecker_sum_ref`. The sum over i stays in front, so that no
+    product has to copy its operands.
     """
     n, a, c = rules.shape
     rank = left.shape[2]

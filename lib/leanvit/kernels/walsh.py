@@ -1,5 +1,7 @@
 """`project` and `expand`: a block-wise 2-D Walsh-Hadamard transform over the token grid, kept to a few bases.
 
+The two maps of LBP-WHT (arXiv 2309.15275).
+
 The grid of `h x w` tokens (row-major, behind `prefix` class or register tokens) is padded to whole `n x n` blocks, and
 each block is projected on `R` two-dimensional Walsh functions. With `W` the sequency-ordered Walsh matrix of order `n`,
 
@@ -41,7 +43,10 @@ def _walsh_rows(order: int) -> tuple[tuple[int, ...], ...]:
 
 
 def walsh_matrix(order: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Sequency-ordered Walsh matrix `(n, n)` of +-1: row `s` changes its sign `s` times, `W = W^T`, `W W^T = n I`."""
+    """Sequency-ordered Walsh matrix `(n, n)` of +-1: row `s` changes its sign `s` times, `W = W^T`, `W W^T = n I`.
+
+    Raises `ValueError` for an order other than 2, 4, 8 or 16.
+    """
     return torch.tensor(_walsh_rows(order), dtype=dtype)
 
 
@@ -277,6 +282,13 @@ def project(x: Tensor, h: int, w: int, prefix: int, bases: list[int], order: int
 
     Raises:
         ValueError: a token count, basis or order that does not fit. TypeError: not a floating-point tensor.
+
+    >>> import torch
+    >>> from leanvit.kernels import walsh
+    >>> x = torch.ones(1, 1 + 8 * 8, 3)  # a class token and a grid of 8 x 8
+    >>> z = walsh.project(x, 8, 8, 1, bases=[0, 0, 0, 1])
+    >>> z.shape, z[0, 1, 0].item()  # the mean times 8, nothing in the second basis
+    (torch.Size([1, 3, 3]), 8.0)
     """
     return torch.ops.leanvit.walsh_project(x, h, w, prefix, bases, order, reflect)
 
@@ -286,5 +298,11 @@ def expand(z: Tensor, h: int, w: int, prefix: int, bases: list[int], order: int 
 
     With `reflect=False` that is the inverse transform, cropped to the grid; with `reflect=True` mirrored positions are
     folded back on the tokens they came from.
+
+    >>> import torch
+    >>> from leanvit.kernels import walsh
+    >>> x, bases = torch.ones(1, 1 + 8 * 8, 3), [0, 0, 0, 1]
+    >>> walsh.expand(walsh.project(x, 8, 8, 1, bases), 8, 8, 1, bases).allclose(x)
+    True
     """
     return torch.ops.leanvit.walsh_expand(z, h, w, prefix, bases, order, reflect)
