@@ -55,15 +55,18 @@ test: setup
 lint:
 	@$(BIN)/ruff check .
 
+# one test file a core, one thread each: small tensors gain nothing from two
+SPREAD := -n logical --maxprocesses 8 --dist loadfile
+
 unit:
-	@$(BIN)/python -m pytest -q
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(SPREAD)
 
 smoke:
 	@$(BIN)/leanvit run --tier smoke $(ONE)
 
 # on the executed copies: on notebooks without outputs nbval could only pass
 nbval:
-	@TQDM_DISABLE=1 PYTHONHASHSEED=0 OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -p tests.conftest -W default \
+	@TQDM_DISABLE=1 PYTHONHASHSEED=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(SPREAD) -p tests.conftest -W default \
 	  --nbval-lax --nbval-current-env --nbval-cell-timeout 300 outputs/smoke/$(or $(NOTEBOOK),[0-9]*).ipynb
 
 lab: setup
