@@ -56,7 +56,7 @@ lint:
 	@$(BIN)/ruff check .
 
 # one test file a core, one thread each: small tensors gain nothing from two
-SPREAD := -n logical --maxprocesses 8 --dist loadfile
+SPREAD := -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 unit:
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(SPREAD)

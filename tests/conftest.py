@@ -23,8 +23,14 @@ def pytest_collectstart(collector):
         collector.skip_compare += ("stderr",)
 
 
+LONG = ("test_kill", "test_several", "test_site", "test_package", "test_disk", "test_run", "test_soak")
+
+
 def pytest_collection_modifyitems(items):
-    """nbval waits 5 s for the last output of a cell; on a busy machine that is too short."""
+    """Long files first, so that no core waits for them at the end. nbval waits 5 s for the last output of a cell; on a
+    busy machine that is too short.
+    """
+    items.sort(key=lambda item: item.path.stem not in LONG)
     for item in items:
         if hasattr(item, "output_timeout"):
             item.output_timeout = 60
