@@ -57,6 +57,31 @@ def test_a_distillation_token_is_taught():
     assert taught(Two(), x, labels).item() == pytest.approx(reference(-x.numpy(), x.numpy(), 1.0), rel=1e-4)
 
 
+def test_a_remembered_teacher_is_asked_once_an_image():
+    """The same loss and gradients; the teacher computes for what it has not seen, and for what does not fit."""
+    model, teacher = vit(), vit(seed=1)
+    x, labels = images(model, 6), torch.tensor([0, 1, 2, 3, 4, 0])
+    asked = []
+    teacher.register_forward_hook(lambda m, inputs, y: asked.append(len(y)))
+
+    def grads(loss, rows):
+        model.zero_grad()
+        value = loss(model, x[rows], labels[rows])
+        value.backward()
+        return [value.detach(), *(p.grad.clone() for p in model.parameters())]
+
+    plain, keeps = Distill(teacher, 0.5, 2.0), Distill(teacher, 0.5, 2.0, remember=4)
+    for rows, computed in (([0, 1, 2], [3]), ([2, 0], []), ([1, 2, 3], [1]), ([4, 5], [2]), ([5, 0], [1])):
+        expected = grads(plain, rows)
+        asked.clear()
+        torch.testing.assert_close(grads(keeps, rows), expected, rtol=1e-10, atol=1e-12)
+        assert asked == computed, rows
+    x[0, 0, 0, 0] += 1e-9  # other pixels are another image
+    asked.clear()
+    keeps(model, x[[0, 1]], labels[[0, 1]])
+    assert asked == [1]
+
+
 def test_bad_input():
     teacher = vit(num_classes=7)
     with pytest.raises(ValueError, match="the teacher has 7 classes, the model 5"):
@@ -69,6 +94,10 @@ def test_bad_input():
         Distill(teacher, 0.5, math.inf)
     with pytest.raises(ValueError, match="alpha='half' must be in"):
         Distill(teacher, "half")
+    with pytest.raises(ValueError, match="remember=-1 must be >= 0"):
+        Distill(teacher, remember=-1)
+    with pytest.raises(ValueError, match="remember=8 must be >= 0, and 0 with blocks"):
+        Distill(teacher, blocks=[0], remember=8)
 
 
 def test_models_without_classes_are_refused():

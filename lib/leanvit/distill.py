@@ -1,5 +1,6 @@
 """Distillation from an uncompressed model, of its classes and of its blocks, as a loss for `train.fit` and searches."""
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,10 +23,13 @@ class Distill:
     `hard`: cross-entropy with the teacher's choice. Images are `(B, 3, H, W)`, labels `(B,)`. A model that answers
     (logits, distillation logits) is taught by the second. `blocks`: those whose outputs are aligned, see
     `aligned_blocks`; `alignment` may be set anew for each epoch, see `alignment_weights`. The teacher sees the same
-    images in eval mode, gets no gradient and keeps its modes.
+    images in eval mode, gets no gradient and keeps its modes. `remember`: for so many images its outputs are kept and
+    used when the same pixels come again, which saves its forward pass where a set is small and not augmented; the
+    teacher must not change meanwhile.
 
-    Raises `ValueError` for alpha outside [0, 1], tau <= 0, blocks that the teacher does not have, and, when called, for
-    a teacher of other classes, blocks or widths than the student, or a model without a classifier.
+    Raises `ValueError` for alpha outside [0, 1], tau <= 0, blocks that the teacher does not have, `remember` below 0 or
+    together with blocks, and, when called, for a teacher of other classes, blocks or widths than the student, or a
+    model without a classifier.
 
     >>> import torch
     >>> from leanvit import distill, models
@@ -45,13 +49,17 @@ class Distill:
         per_class: bool = False,
         blocks: Sequence[int] = (),
         alignment: float = 0.0,
+        remember: int = 0,
     ):
         if isinstance(alpha, str) or not 0 <= alpha <= 1:
             raise ValueError(f"Distill: alpha={alpha!r} must be in [0, 1]")
         if isinstance(tau, str) or not 0 < tau < math.inf:
             raise ValueError(f"Distill: tau={tau!r} must be > 0 and finite")
         self.teacher, self.alpha, self.tau, self.hard, self.per_class = teacher, alpha, tau, hard, per_class
-        self.blocks, self.alignment = list(blocks), alignment
+        if remember < 0 or (remember and blocks):
+            raise ValueError(f"Distill: remember={remember!r} must be >= 0, and 0 with blocks: only logits are kept")
+        self.blocks, self.alignment, self.remember = list(blocks), alignment, remember
+        self._told: dict[bytes, Tensor] = {}
         depth = len(getattr(teacher, "blocks", []))
         if any(not 0 <= b < depth for b in self.blocks):
             raise ValueError(f"Distill: blocks {self.blocks} of a teacher with {depth} blocks; name 0..{depth - 1}")
@@ -70,7 +78,7 @@ class Distill:
         if self.alpha == 0 and not self.blocks:
             return value
         with modes_restored(self.teacher), self._outputs(self.teacher) as theirs, torch.no_grad():
-            told = self.teacher.eval()(images)
+            told = self._told_of(images) if self.remember else self.teacher.eval()(images)
         if self.alpha:
             if told.shape != taught.shape:
                 raise ValueError(
@@ -87,6 +95,18 @@ class Distill:
         log_student, log_teacher = (F.log_softmax(t / self.tau, 1) for t in (student, teacher))
         total = F.kl_div(log_student, log_teacher, reduction="sum", log_target=True) * self.tau**2
         return total / (student.numel() if self.per_class else len(student))
+
+    def _told_of(self, images: Tensor) -> Tensor:
+        """The teacher's logits; it computes only those of images that are not remembered."""
+        keys = [
+            hashlib.blake2b(image.view(torch.uint8).numpy()).digest() for image in images.detach().contiguous().cpu()
+        ]
+        new = [i for i, key in enumerate(keys) if key not in self._told]
+        rows = self.teacher.eval()(images[new]).unbind() if new else ()
+        fresh = dict(zip((keys[i] for i in new), rows, strict=True))
+        told = torch.stack([fresh[key] if key in fresh else self._told[key] for key in keys])
+        self._told |= dict(list(fresh.items())[: self.remember - len(self._told)])
+        return told
 
     def _apart(self, ours: dict[int, Tensor], theirs: dict[int, Tensor]) -> Tensor:
         """The sum of the blocks' mean squared differences."""
