@@ -56,13 +56,17 @@ def test_layer_error_is_the_sum_of_dropped_values(rank):  # T6, centred, with th
     assert error <= (plain(seen["x"]) - layer(seen["x"])).square().sum(-1).mean()
 
 
-def test_scores_error_is_the_sum_of_dropped_values():  # T6, for W_QK: pooled pairs of queries and centred keys
-    model, x = vit(torch.float64), structured()
+def first_attention():
+    """A model with its statistics, what its first attention saw, and the heads of that."""
+    model, x, seen = vit(torch.float64), structured(), {}
     statistics = calibrate(model, [x], ridge=0)
-    seen = {}
     model.blocks[0].attn.register_forward_pre_hook(lambda m, i: seen.__setitem__("x", i[0]))
     model(x)
-    h = read_heads(model.blocks[0].attn)
+    return model, statistics, seen, read_heads(model.blocks[0].attn)
+
+
+def test_scores_error_is_the_sum_of_dropped_values():  # T6, for W_QK: pooled pairs of queries and centred keys
+    model, statistics, seen, h = first_attention()
     s = read_heads(cut(model, {"blocks.0.attn.qk": 5, "blocks.0.attn.vo": 16}, statistics).blocks[0].attn)
     q = torch.cat([seen["x"], torch.ones_like(seen["x"][..., :1])], -1).flatten(0, 1)
     k = (seen["x"] - seen["x"].mean(1, keepdim=True)).flatten(0, 1)
@@ -78,12 +82,7 @@ def test_scores_error_is_the_sum_of_dropped_values():  # T6, for W_QK: pooled pa
 
 
 def test_outputs_error_is_the_sum_of_dropped_values():  # T6, for W_VO: what each head mixes, centred, bias and all
-    model, x = vit(torch.float64), structured()
-    statistics = calibrate(model, [x], ridge=0)
-    seen = {}
-    model.blocks[0].attn.register_forward_pre_hook(lambda m, i: seen.__setitem__("x", i[0]))
-    model(x)
-    h = read_heads(model.blocks[0].attn)
+    model, statistics, seen, h = first_attention()
     mixed = mix(model.blocks[0].attn, seen["x"]).transpose(0, 1).flatten(1, 2)  # (heads, rows, width)
     errors = []
     for used in (statistics, None):

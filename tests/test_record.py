@@ -210,6 +210,16 @@ def test_what_is_missing_in_a_result_is_named():
     assert record.incomplete(complete) == ["no key"]
 
 
+def test_only_complete_results_are_read(tmp_path):
+    complete, path = {field: "x" for field in record.FIELDS}, tmp_path / "1_x.json"
+    assert record.read(path) is None
+    for text in ('{"notebook": ', "[]", json.dumps({**complete, "headline": ""})):
+        path.write_text(text)
+        assert record.read(path) is None
+    path.write_text(json.dumps(complete))
+    assert record.read(path) == complete
+
+
 def test_the_library_hash_covers_assets_but_those_a_notebook_writes(tmp_path, monkeypatch):
     package = tmp_path / "leanvit"
     (package / "assets").mkdir(parents=True)

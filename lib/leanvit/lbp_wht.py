@@ -86,8 +86,7 @@ def parse_bases(bases: str | Iterable[Basis], order: int = 8, energy: Tensor | N
         ValueError: unknown name or order, a size that no block of this order has, no energy or one of another order,
             malformed, repeated or no pairs (a `TypeError` of theirs becomes one).
     """
-    if order not in walsh.ORDERS:
-        raise ValueError(f"order {order} is not one of {walsh.ORDERS}")
+    _check_order(order)
     if isinstance(bases, str):
         family, _, size = bases.partition("-")
         if bases == "DC":
@@ -356,8 +355,7 @@ def gradient_energy(
 
     def watch(site: Site):
         def measure(g: Tensor) -> None:
-            tokens = g.flatten(2).transpose(1, 2) if site.layout == "chw" else g.flatten(1, -2)
-            z = walsh.project(tokens.detach(), *site.grid, site.prefix, everything, order, pad == "reflect")
+            z = walsh.project(site.as_tokens(g).detach(), *site.grid, site.prefix, everything, order, pad == "reflect")
             z = z[:, site.prefix :].double().square().sum(dim=(0, 2))
             energy[site.name] += z.reshape(-1, order, order).sum(0).cpu()
 
@@ -385,9 +383,13 @@ def gradient_energy(
     return energy
 
 
-def _check(order: int, pad: str) -> None:
+def _check_order(order: int) -> None:
     if order not in walsh.ORDERS:
         raise ValueError(f"order {order} is not one of {walsh.ORDERS}")
+
+
+def _check(order: int, pad: str) -> None:
+    _check_order(order)
     if pad not in ("zero", "reflect"):
         raise ValueError(f"pad {pad!r} is neither 'zero' nor 'reflect'")
 

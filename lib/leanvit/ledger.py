@@ -144,11 +144,8 @@ def _results(root: Path, notebook: str) -> list[tuple[tuple[str, str], dict[str,
     found = []
     for tier in TIERS:
         for path in sorted((root / "outputs" / tier).glob("*.json"), key=lambda path: (len(path.stem), path.stem)):
-            try:
-                result = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError):  # being written, or damaged: `leanvit list` tells
-                continue
-            if record.incomplete(result) or result["notebook"] != notebook:
+            result = record.read(path)
+            if result is None or result["notebook"] != notebook:
                 continue
             verdicts = {verdict["id"]: verdict for verdict in result["verdicts"]}
             found.append(((tier, _stale(root, result)), {"run": result["run"], "verdicts": verdicts}))

@@ -89,9 +89,8 @@ def capture(model: nn.Module, batch: tuple[Tensor, Tensor], match: Match | None 
 
 
 def _tokens(t: Tensor, site: Site) -> Tensor:
-    """A layer's input or output as `(B, N, C)`."""
-    t = t.detach().float().cpu()
-    return t.flatten(2).transpose(1, 2) if site.layout == "chw" else t.flatten(1, -2)
+    """A layer's input or output as `(B, N, C)`, on the CPU."""
+    return site.as_tokens(t.detach().float().cpu())
 
 
 def rebuild(layer: Layer, kept: Collection[lbp_wht.Basis]) -> Rebuilt:

@@ -35,7 +35,7 @@ FIELDS = (
 PACKAGES = "leanvit torch torchvision timm accelerate peft numpy safetensors papermill ipykernel cupy-cuda13x".split()
 # the command line, the site and the corners to play in are no part of what a notebook computes
 NOT_HASHED = {
-    "run.py", "pool.py", "worker.py", "cluster.py", "ledger.py", "extras.py", "atomic.py",
+    "run.py", "pool.py", "worker.py", "cluster.py", "ledger.py", "extras.py", "atomic.py", "orphans.py",
     "report.py", "report_frame.py", "report_notebook.py", "report_api.py",
     "play.py", "play_bases.py", "play_plan.py",
 }  # fmt: skip
@@ -319,6 +319,15 @@ def scrub(text: str, root: Path) -> str:
     text = text.replace(str(Path(tempfile.gettempdir()).resolve()) + "/", "<tmp>/")
     home = str(Path.home())
     return text.replace(f"{home}/", "~/") if len(home) > 1 else text
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """The complete result in a file; None for one that is being written or damaged, which `leanvit list` tells."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return None if incomplete(result) else result
 
 
 def incomplete(result: Any) -> list[str]:

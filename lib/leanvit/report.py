@@ -8,7 +8,6 @@ large on the index. A page is rendered anew when its notebook, its result or the
 """
 
 import html
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -86,11 +85,7 @@ def find_pages(root: Path) -> list[Page]:
     for tier in TIERS:
         for path in sorted((root / "outputs" / tier).glob("*.json")):
             executed = path.with_suffix(".ipynb")
-            try:
-                result = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError:  # damaged: `leanvit list` tells; the other pages are rendered
-                continue
-            if executed.exists() and not record.incomplete(result):
+            if executed.exists() and (result := record.read(path)):
                 pages.append(Page(tier, nbformat.read(executed, as_version=4), result, (path, executed)))
     return sorted(pages, key=lambda page: (page.result["notebook"], TIERS.index(page.tier), len(page.result["run"])))
 

@@ -31,7 +31,6 @@ import signal
 import sys
 import tempfile
 import threading
-import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
@@ -42,6 +41,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from leanvit import atomic, orphans
 from leanvit.evaluate import device_of
 
 # ---- within a group of processes -----------------------------------------------------------------------------------
@@ -326,7 +326,7 @@ def _first_error(job: Path) -> BaseException | None:
 
 def main(job: str, quiet: bool = False) -> None:
     """One process of a job: torchrun starts it, `--quiet` leaves the telling of errors to `run`."""
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    orphans.end_with(os.getppid())  # the launcher; with our image loaders
     _result(job).unlink(missing_ok=True)
     try:
         world()  # joins
@@ -356,11 +356,9 @@ def _own_device(storage: torch.UntypedStorage, location: str) -> torch.UntypedSt
 def _write_result(job: str, value, modules: list[nn.Module]) -> None:
     import cloudpickle
 
-    path = _result(job)
-    new = path.with_suffix(".writing")
     told = {"value": value, "modules": modules, "random": _random_state()}
-    torch.save(told, new, pickle_module=cloudpickle)
-    new.replace(path)
+    with atomic.replacing(_result(job)) as new:
+        torch.save(told, new, pickle_module=cloudpickle)
 
 
 def _tell(job: Path, error: BaseException) -> None:
@@ -375,21 +373,8 @@ def _tell(job: Path, error: BaseException) -> None:
         pickle.loads(told)
     except Exception:
         told = pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
-    new = job.with_name(f".error{at}")
-    new.write_bytes(told)
-    new.replace(_error_file(job, at))
-
-
-def _end_with(parent: int) -> None:
-    """End this process and its image loaders when the launcher is gone (kill -9 included)."""
-    import psutil
-
-    while psutil.pid_exists(parent) and (os.name == "nt" or os.getppid() == parent):
-        time.sleep(0.5)
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            child.kill()
-    os._exit(1)
+    with atomic.replacing(_error_file(job, at)) as new:
+        new.write_bytes(told)
 
 
 if __name__ == "__main__":

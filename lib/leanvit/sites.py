@@ -69,6 +69,10 @@ class Site:
         """Tokens of its input, prefix included."""
         return self.prefix + self.grid[0] * self.grid[1]
 
+    def as_tokens(self, t: Tensor) -> Tensor:
+        """The layer's input or output, laid out as `layout` says, as `(B, N, C)`."""
+        return t.flatten(2).transpose(1, 2) if self.layout == "chw" else t.flatten(1, -2)
+
     def blocks(self, order: int = 8) -> int:
         """Blocks of `order` x `order` tokens that cover the grid."""
         return walsh.blocks(*self.grid, order)

@@ -6,18 +6,16 @@ result that is there is complete. A failed run leaves <run>.failed.ipynb. When t
 is killed and so is this process.
 """
 
-import contextlib
+import base64
+import io
 import json
 import logging
-import os
 import re
 import signal
 import sys
-import threading
-import time
 from pathlib import Path
 
-from leanvit import record
+from leanvit import orphans, record
 
 TRANSIENT = ("papermill", "execution")  # timing and the like: it would make every run a difference in git
 CELL_FILE = re.compile(r"\S*[/\\]ipykernel_\d+[/\\]\d+\.py")  # where warnings say they come from; holds a process id
@@ -34,7 +32,7 @@ def main() -> int:
     if hasattr(signal, "pthread_sigmask"):  # Ray's processes block Ctrl-C; the kernel, a child of this one, needs it
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    threading.Thread(target=_watch_parent, args=(job["parent"],), daemon=True).start()
+    orphans.end_with(job["parent"])  # with the kernel
     result = Path(job["result"])
     staged, partial = record.staged(result), result.with_suffix(".partial.ipynb")
     with _lock(Path(job["lock"]), job["lock_timeout_s"]):
@@ -122,9 +120,6 @@ def _scrub_output(output: dict) -> None:
 
 def _with_palette(png: str) -> str:
     """A figure with 256 colours of its own: a third of the bytes (base64), the same lines and letters to the eye."""
-    import base64
-    import io
-
     from PIL import Image
 
     image, file = Image.open(io.BytesIO(base64.b64decode(png))), io.BytesIO()
@@ -139,21 +134,6 @@ def _with_palette(png: str) -> str:
 def _log_error(error: BaseException) -> None:
     # papermill's own errors repeat the traceback that the notebook holds; the runner reads it there
     logging.error("%s: %s", type(error).__name__, str(error).strip().splitlines()[-1] if str(error).strip() else "")
-
-
-def _watch_parent(parent: int) -> None:
-    """End the kernel and this process within a second when the runner is gone (kill -9 included), so that no orphan
-    computes on.
-    """
-    import psutil
-
-    # on Windows a virtual environment's python starts a second one, so that our parent is not the runner itself
-    while psutil.pid_exists(parent) and (os.name == "nt" or os.getppid() == parent):
-        time.sleep(0.5)
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            child.kill()
-    os._exit(1)
 
 
 if __name__ == "__main__":
