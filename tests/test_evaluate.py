@@ -58,6 +58,19 @@ def test_predict_keeps_order_modes_and_gradients_off(kind):
     assert torch.equal(part, LOGITS[[3, 0]]) and labels.tolist() == [2, 0]
 
 
+def test_batches_fit_the_device():
+    """32 on a CPU, whose caches hold no more; what the caller asks for; the same logits for any."""
+    model, x = nn.Flatten(), torch.rand(70, 1, 2, 2)
+    seen = []
+    model.register_forward_hook(lambda m, inputs, y: seen.append(len(y)))
+    images = TensorDataset(x, torch.zeros(70, dtype=torch.long))
+    for asked, expected in ((None, [32, 32, 6]), (50, [50, 20])):
+        seen.clear()
+        torch.testing.assert_close(evaluate.predict(model, images, asked)[0], x.flatten(1))
+        assert seen == expected
+    assert evaluate.batch_for(torch.device("cuda")) == 256
+
+
 def test_modes_return_after_an_error():
     model = Known().train()
     with pytest.raises(IndexError):

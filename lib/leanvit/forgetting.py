@@ -43,7 +43,7 @@ class _Features(nn.Module):
         return out
 
 
-def features(model: nn.Module, dataset: Dataset, batch_size: int = 256, *, workers: int = 0) -> Tensor:
+def features(model: nn.Module, dataset: Dataset, batch_size: int | None = None, *, workers: int = 0) -> Tensor:
     """Features `(N, D)` in the set's order, float32 on the CPU: the class token behind the final norm.
 
     Models that pool otherwise (mean of the tokens, attention) give what they pool. The head plays no part, whatever
@@ -54,7 +54,7 @@ def features(model: nn.Module, dataset: Dataset, batch_size: int = 256, *, worke
     return _read(model, dataset, batch_size, workers)[0]
 
 
-def _read(model: nn.Module, dataset: Dataset, batch_size: int, workers: int = 0) -> tuple[Tensor, Tensor]:
+def _read(model: nn.Module, dataset: Dataset, batch_size: int | None, workers: int = 0) -> tuple[Tensor, Tensor]:
     out, labels = predict(_Features(model), dataset, batch_size, workers=workers)
     _check_finite("features", out)
     return out, labels
@@ -227,7 +227,7 @@ def measure(
     before: Tensor | None = None,
     off: Callable[[nn.Module], AbstractContextManager] | None = None,
     k: Collection[int] = NEIGHBOURS,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     **settings,
 ) -> dict[str, dict]:
     """Both readings of the old task: `{"adapted": …, "off": …}`, each with `knn` {k: accuracy}, `drift` and `cka`.

@@ -527,7 +527,7 @@ def fit(
             told = {"step": step, "seconds": seconds, "sums": sums, "epochs": history.epochs}
             checkpoint.save(accelerator, folder, told | {"fingerprint": fingerprint}, model)
 
-        how = {"workers": recipe.workers, "pin_memory": device.type == "cuda"}
+        how = {"batch_size": evaluate.batch_for(device), "workers": recipe.workers, "pin_memory": device.type == "cuda"}
         tests = {k: evaluate.loader(v, indices=range(rank, len(v), world), **how) for k, v in test_sets.items()}
         stack.callback(_forget_workers, tests.values())
         layout = torch.channels_last if recipe.channels_last else torch.preserve_format
