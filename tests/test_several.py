@@ -304,6 +304,53 @@ def test_a_notebook_trains_on_two_processes(repository):
     assert metrics["calls"] == 3  # of one process: the other ones' list stayed with them
 
 
+SLOW_CELL = """
+import os, time
+import torch
+import torch.nn.functional as F
+from leanvit import models, train
+
+def slow(net, images, labels):
+    time.sleep(float(os.environ["PAUSE"]))
+    return F.cross_entropy(net(images), labels)
+
+torch.manual_seed(seed)
+net = models.create("embedded_vit", depth=1)
+images = torch.utils.data.TensorDataset(torch.rand(32, 3, 32, 32), torch.arange(32) % 10)
+history = train.fit(net, images, train.Recipe(batch_size=8, lr=lr, steps=steps), loss=slow, progress=False,
+                    checkpoint_dir=run.checkpoints, checkpoint_every_s=0.0, processes=processes)
+run.metrics["resumed_from"], run.metrics["loss"] = history.resumed_from or 0, history.epochs[-1]["loss"]
+"""
+
+
+def test_ctrl_c_stops_a_notebook_on_two_processes(repository):
+    """Through runner, papermill, kernel and launcher: all are gone, the steps are saved, the next call goes on."""
+    parameters = "steps: int = 20  # steps [1..99]\nlr: float = 1e-3  # rate [> 0]\nseed: int = 0  # seed [>= 0]\n"
+    parameters += "processes: int = 1  # processes that train one run [1..64]"
+    repository.notebook("one", SLOW_CELL, parameters=parameters)
+    repository.params("one", text="processes: 2\n")
+    saved = repository.root / "outputs" / "smoke" / "checkpoints" / "one"
+
+    def reached():
+        return max((int(p.name.removeprefix("step_")) for p in saved.glob("*/step_*")), default=0)
+
+    running = repository.leanvit("run", "--tier", "smoke", env=os.environ | {"PAUSE": "0.3"})
+    _wait(lambda: reached() >= 2)
+    family = psutil.Process(running.pid).children(recursive=True)
+    assert len(family) >= 4  # papermill, kernel, two processes
+    running.send_signal(signal.SIGINT)
+    told, _ = running.communicate(timeout=60)
+    assert running.returncode == 130 and "stopping 1 run(s)" in told
+    _wait(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family), 5)
+    stopped = reached()
+    assert 2 <= stopped < 20 and not (repository.root / "outputs" / "smoke" / "one.json").exists()
+
+    again = repository.leanvit("run", "--tier", "smoke", env=os.environ | {"PAUSE": "0"})
+    told, _ = again.communicate(timeout=120)
+    assert again.returncode == 0, told
+    assert repository.result("smoke/one.json")["metrics"]["resumed_from"] == stopped
+
+
 # ---- errors, Ctrl-C, kill ------------------------------------------------------------------------------------------
 
 
