@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import nbformat
 import pytest
 
 os.environ.setdefault("TQDM_DISABLE", "1")
+# a shell ignores Ctrl-C for what it starts in the background, and so would the commands that the tests interrupt
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # the same examples each time, and no deadline: a test that passed passes again, on a slow machine too
 hypothesis.settings.register_profile("same", derandomize=True, deadline=None, database=None, max_examples=100)

@@ -57,9 +57,6 @@ def test_notebooks_are_stored_without_outputs(path):
         assert not cell.get("outputs") and cell.get("execution_count") is None, f"cell {number} has outputs"
 
 
-LONG = {"searching": 11}  # a line too long: to be mended when 7_speed runs next
-
-
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
 def test_notebooks_are_short_and_compose_only(path):
     assert len(cells_of(path)) <= 30
@@ -68,8 +65,7 @@ def test_notebooks_are_short_and_compose_only(path):
             assert not isinstance(node, ast.ClassDef), f"code cell {number}: class {node.name} belongs into lib/"
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 lines = node.end_lineno - node.lineno + 1
-                allowed = LONG.get(node.name, 10)
-                assert lines <= allowed, f"code cell {number}: {node.name} has {lines} lines; it belongs into lib/"
+                assert lines <= 10, f"code cell {number}: {node.name} has {lines} lines; it belongs into lib/"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)

@@ -256,6 +256,24 @@ def test_runs_renders_skips_and_survives_failures(repository):
     assert "stale" in listing and "parameters changed" in listing and "failed" in listing
 
 
+@pytest.mark.parametrize(
+    "seconds, order",
+    [({}, "abcd"), ({"a": 40.0, "b": 10.0, "c": 90.0, "d": 20.0}, "bcad"), ({"b": 10.0, "d": 20.0}, "bacd")],
+)
+def test_the_quickest_run_comes_first_then_the_slowest(seconds, order, tmp_path):
+    """By the seconds of the results that stand; without any in the order of the files."""
+    due = []
+    for name in "abcd":
+        job = pool.Job(name, "smoke", f"params/{name}/smoke.yaml", {}, {}, Path("outputs/smoke") / f"{name}.json")
+        due.append((job, "stale"))
+        if name in seconds:
+            (tmp_path / job.result).parent.mkdir(parents=True, exist_ok=True)
+            result = dict.fromkeys(record.FIELDS, "x") | {"seconds": seconds[name]}
+            (tmp_path / job.result).write_text(json.dumps(result))
+    assert "".join(job.notebook for job, _ in run._balanced(tmp_path, due)) == order
+    assert run._balanced(tmp_path, []) == []
+
+
 SLOW = """\
 import os, time
 run.checkpoints.mkdir(parents=True, exist_ok=True)
