@@ -270,8 +270,8 @@ def test_the_quickest_run_comes_first_then_the_slowest(seconds, order, tmp_path)
             (tmp_path / job.result).parent.mkdir(parents=True, exist_ok=True)
             result = dict.fromkeys(record.FIELDS, "x") | {"seconds": seconds[name]}
             (tmp_path / job.result).write_text(json.dumps(result))
-    assert "".join(job.notebook for job, _ in run._balanced(tmp_path, due)) == order
-    assert run._balanced(tmp_path, []) == []
+    assert "".join(job.notebook for job, _ in pool.balanced(tmp_path, due)) == order
+    assert pool.balanced(tmp_path, []) == []
 
 
 SLOW = """\

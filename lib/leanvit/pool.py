@@ -7,6 +7,7 @@ notebook; a run that ended well has put its result in place as its last act (wor
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from leanvit import atomic
+from leanvit import atomic, record
 
 CELL_TIMEOUT_S = {"smoke": 300, "embedded": 3600}  # elsewhere a cell may take days
 LOCK_TIMEOUT_S = 10.0  # time for the orphans of a killed runner to go
@@ -167,12 +168,14 @@ def execute(
 ) -> list[Outcome]:
     """Run each job (given with the reason why), a line for each start and finish; `after()` follows each finish.
 
-    Jobs whose notebook has the metadata {"leanvit": {"alone": true}} (they measure time) run last, one at a time, with
-    the threads of all.
+    Several at once begin in the order of `balanced`. Jobs whose notebook has the metadata {"leanvit": {"alone": true}}
+    (they measure time) run last, one at a time, with the threads of all.
     `KeyboardInterrupt` stops what runs, with time to save, and goes on to the caller.
     """
     alone = {job.result: _alone(root, job) for job, _ in jobs}
-    waiting = sorted(jobs, key=lambda item: alone[item[0].result])
+    together = [item for item in jobs if not alone[item[0].result]]
+    waiting = balanced(root, together) if at_once > 1 else together
+    waiting += [item for item in jobs if alone[item[0].result]]
     outcomes, running = [], {}
     try:
         while waiting or running:
@@ -199,6 +202,20 @@ def execute(
         _stop(root, running)
         raise
     return outcomes
+
+
+def balanced(root: Path, jobs: list[tuple[Job, str]]) -> list[tuple[Job, str]]:
+    """The quickest first, so that a page is there soon, then the slowest first, so that no core waits at the end; by
+    the results that stand. What has none counts as slow.
+    """
+
+    def seconds(item: tuple[Job, str]) -> float:
+        found = record.read(root / item[0].result)
+        return found["seconds"] if found else math.inf
+
+    slow = list(jobs)
+    first = [slow.pop(slow.index(min(slow, key=seconds)))] if slow else []
+    return first + sorted(slow, key=seconds, reverse=True)
 
 
 def _alone(root: Path, job: Job) -> bool:

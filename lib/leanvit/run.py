@@ -21,7 +21,6 @@ import argparse
 import contextlib
 import hashlib
 import json
-import math
 import shlex
 import signal
 import sys
@@ -171,7 +170,7 @@ def run_command(root: Path, options: argparse.Namespace) -> int:
     print(f"{len(due)} run(s), {where}" if due else f"all {len(jobs)} run(s) are up to date", flush=True)
     outcomes += pool.execute(
         root,
-        _balanced(root, due) if at_once > 1 else due,
+        due,
         at_once=at_once,
         threads=threads,
         launch=launch,
@@ -195,20 +194,6 @@ def _sort_out(root: Path, jobs: list[Job], force: bool) -> tuple[list[Outcome], 
         else:
             due.append((job, "forced" if kind == "fresh" else why or kind))
     return fresh, due
-
-
-def _balanced(root: Path, due: list[tuple[Job, str]]) -> list[tuple[Job, str]]:
-    """The quickest first, so that a page is there soon, then the slowest first, so that no core waits at the end; by
-    the results that stand. What has none counts as slow.
-    """
-
-    def seconds(item: tuple[Job, str]) -> float:
-        found = record.read(root / item[0].result)
-        return found["seconds"] if found else math.inf
-
-    slow = list(due)
-    first = [slow.pop(slow.index(min(slow, key=seconds)))] if slow else []
-    return first + sorted(slow, key=seconds, reverse=True)
 
 
 def _place(root: Path, jobs: list[Job], options: argparse.Namespace) -> tuple[Callable, int, int, str]:
