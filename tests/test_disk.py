@@ -82,11 +82,11 @@ def test_outputs_that_are_read_only(repository, monkeypatch, capsys, number, wor
     monkeypatch.chdir(repository.root)
     monkeypatch.setattr(run.signal, "signal", lambda *_: None)
     monkeypatch.setattr(atomic.tempfile, "TemporaryFile", refuse)
-    monkeypatch.setattr(atomic.tempfile, "mkstemp", refuse)
     assert run.main(["run", "--tier", "smoke"]) == 2
     told = capsys.readouterr().err
     assert told.startswith(f"leanvit: outputs/smoke/ cannot be written: {words}") and told.count("\n") == 1
-    with pytest.raises(OSError, match="cannot write 1_x.json in smoke/: " + words):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="cannot write 1_x.json in smoke/: " + words):
+        patch.setattr(atomic.os, "open", refuse)
         record.write_atomic(result, "new")
     assert result.read_text() == "old" and [p.name for p in result.parent.iterdir()] == ["1_x.json"]
 

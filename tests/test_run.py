@@ -258,7 +258,12 @@ def test_runs_renders_skips_and_survives_failures(repository):
 
 @pytest.mark.parametrize(
     "seconds, order",
-    [({}, "abcd"), ({"a": 40.0, "b": 10.0, "c": 90.0, "d": 20.0}, "bcad"), ({"b": 10.0, "d": 20.0}, "bacd")],
+    [
+        ({}, "abcd"),
+        ({"a": None, "c": 1.0}, "cabd"),
+        ({"a": 40.0, "b": 10.0, "c": 90.0, "d": 20.0}, "bcad"),
+        ({"b": 10.0, "d": 20.0}, "bacd"),
+    ],
 )
 def test_the_quickest_run_comes_first_then_the_slowest(seconds, order, tmp_path):
     """By the seconds of the results that stand; without any in the order of the files."""
@@ -392,6 +397,14 @@ def test_a_notebook_that_measures_time_runs_alone(repository):
     assert given == {"1_a": 1, "3_c": 1, "2_b": 2}  # alone, it has the cores of all
     assert log[:2] == [("start", "1_a"), ("start", "3_c")]
     assert log[-2:] == [("start", "2_b"), ("end", "2_b")]
+
+    (repository.root / "outputs" / "smoke").mkdir(parents=True, exist_ok=True)
+    for job, seconds in zip(jobs, (5.0, 1.0, 2.0), strict=True):  # known times: the quicker of those together is first
+        result = dict.fromkeys(record.FIELDS, "x") | {"seconds": seconds}
+        (repository.root / job.result).write_text(json.dumps(result))
+    log.clear()
+    pool.execute(repository.root, [(job, "stale") for job in jobs], at_once=2, threads=1, launch=Pretend)
+    assert [name for what, name in log if what == "start"] == ["3_c", "1_a", "2_b"]
 
 
 def test_figures_of_an_executed_notebook_are_stored_with_a_palette():

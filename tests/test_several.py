@@ -341,7 +341,7 @@ def test_ctrl_c_stops_a_notebook_on_two_processes(repository):
     running.send_signal(signal.SIGINT)
     told, _ = running.communicate(timeout=60)
     assert running.returncode == 130 and "stopping 1 run(s)" in told
-    _wait(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family), 5)
+    assert psutil.wait_procs(family, 5)[1] == []
     stopped = reached()
     assert 2 <= stopped < 20 and not (repository.root / "outputs" / "smoke" / "one.json").exists()
 

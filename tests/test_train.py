@@ -271,6 +271,29 @@ class Several(Images):
         return self.images[i], self.several[i]
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_weight_that_is_a_slice_moves_as_a_copy_of_it_does(optimizer):
+    """torch's fused optimisers walk through memory and would move the wrong numbers."""
+    start, moved = torch.randn(10, 576, generator=torch.Generator().manual_seed(0)), []
+    for copied in (False, True):
+        wide = start.clone()
+        net = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+        net[1].weight = nn.Parameter(wide[:3, :192].clone() if copied else wide[:3, :192])
+        assert net[1].weight.is_contiguous() == copied
+        nn.init.zeros_(net[1].bias)
+        fit(net, Images(), Recipe(batch_size=16, lr=1e-2, steps=2, optimizer=optimizer), progress=False)
+        moved.append(net[1].weight.detach().clone())
+    torch.testing.assert_close(*moved)
+    assert (moved[0] - start[:3, :192]).abs().amax(1).gt(1e-3).all()
+
+
+def test_it_is_tested_in_batches_that_fit_the_device():
+    model, seen = tiny(), []
+    model.register_forward_hook(lambda m, inputs, y: None if m.training else seen.append(len(y)))
+    fit(model, Images(16), Recipe(batch_size=8, lr=1e-3, steps=1), test_set=Images(48), progress=False)
+    assert seen == [32, 16]
+
+
 def test_labels_of_several_classes_are_trained_by_binary_cross_entropy():
     model, plain, data = tiny(), tiny(), Several()
     recipe = Recipe(batch_size=12, lr=1e-2, epochs=5, seed=1)

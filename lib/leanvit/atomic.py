@@ -6,6 +6,7 @@ write the same target can take it away.
 
 import os
 import re
+import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,11 +21,10 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{os.getpid()}-", suffix=".tmp")
-    os.close(descriptor)
+    name = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # less what the umask takes
     try:
-        yield Path(name)
-        os.chmod(name, 0o644)
+        yield name
         with open(name, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(name, path)

@@ -1,6 +1,7 @@
 """Distillation from an uncompressed model, of its classes and of its blocks, as a loss for `train.fit` and searches."""
 
 import hashlib
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,8 +25,8 @@ class Distill:
     (logits, distillation logits) is taught by the second. `blocks`: those whose outputs are aligned, see
     `aligned_blocks`; `alignment` may be set anew for each epoch, see `alignment_weights`. The teacher sees the same
     images in eval mode, gets no gradient and keeps its modes. `remember`: for so many images its outputs are kept and
-    used when the same pixels come again, which saves its forward pass where a set is small and not augmented; the
-    teacher must not change meanwhile.
+    used when the same pixels come again, which saves its forward pass where a set is small and not augmented (on the
+    CPU, in full precision: a GPU is quicker than this is); the teacher must not change meanwhile.
 
     Raises `ValueError` for alpha outside [0, 1], tau <= 0, blocks that the teacher does not have, `remember` below 0 or
     together with blocks, and, when called, for a teacher of other classes, blocks or widths than the student, or a
@@ -78,7 +79,7 @@ class Distill:
         if self.alpha == 0 and not self.blocks:
             return value
         with modes_restored(self.teacher), self._outputs(self.teacher) as theirs, torch.no_grad():
-            told = self._told_of(images) if self.remember else self.teacher.eval()(images)
+            told = self._told_of(images) if self._remembers(images) else self.teacher.eval()(images)
         if self.alpha:
             if told.shape != taught.shape:
                 raise ValueError(
@@ -96,16 +97,21 @@ class Distill:
         total = F.kl_div(log_student, log_teacher, reduction="sum", log_target=True) * self.tau**2
         return total / (student.numel() if self.per_class else len(student))
 
+    def _remembers(self, images: Tensor) -> bool:
+        """Not under autocast, whose precision is that of the moment."""
+        return self.remember > 0 and images.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+
     def _told_of(self, images: Tensor) -> Tensor:
-        """The teacher's logits; it computes only those of images that are not remembered."""
-        keys = [
-            hashlib.blake2b(image.view(torch.uint8).numpy()).digest() for image in images.detach().contiguous().cpu()
-        ]
-        new = [i for i, key in enumerate(keys) if key not in self._told]
-        rows = self.teacher.eval()(images[new]).unbind() if new else ()
-        fresh = dict(zip((keys[i] for i in new), rows, strict=True))
-        told = torch.stack([fresh[key] if key in fresh else self._told[key] for key in keys])
-        self._told |= dict(list(fresh.items())[: self.remember - len(self._told)])
+        """The teacher's logits; it computes the batch where one of its images is not remembered: parts of a batch may
+        differ from it in the last bit, and a resumed run has forgotten all.
+        """
+        pixels = images.detach().contiguous()
+        keys = [hashlib.blake2b(image.view(torch.uint8).numpy()).digest() for image in pixels]
+        if all(key in self._told for key in keys):
+            return torch.stack([self._told[key] for key in keys])
+        told = self.teacher.eval()(images)
+        new = {key: row for key, row in zip(keys, told, strict=True) if key not in self._told}
+        self._told |= dict(itertools.islice(new.items(), self.remember - len(self._told)))
         return told
 
     def _apart(self, ours: dict[int, Tensor], theirs: dict[int, Tensor]) -> Tensor:

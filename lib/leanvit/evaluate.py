@@ -113,7 +113,7 @@ def predict(
         raise ValueError(f"predict: {getattr(dataset, 'name', 'the data set')} has no image to predict")
     device = device_of(model)
     how = {"workers": workers, "indices": indices, "pin_memory": device.type == "cuda"}
-    return predict_batches(model, loader(dataset, batch_size or batch_for(device), **how))
+    return predict_batches(model, loader(dataset, batch_for(device) if batch_size is None else batch_size, **how))
 
 
 def predict_batches(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

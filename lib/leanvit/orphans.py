@@ -7,7 +7,9 @@ import time
 
 
 def end_with(parent: int) -> None:
-    """From now on, end this process and all that it started within a second after the process `parent` is gone."""
+    """From now on, end this process and all that it started within a second after the process `parent`, which
+    must be the one that started this one, is gone.
+    """
     threading.Thread(target=_watch, args=(parent,), daemon=True).start()
 
 

@@ -211,7 +211,8 @@ def balanced(root: Path, jobs: list[tuple[Job, str]]) -> list[tuple[Job, str]]:
 
     def seconds(item: tuple[Job, str]) -> float:
         found = record.read(root / item[0].result)
-        return found["seconds"] if found else math.inf
+        known = found["seconds"] if found else None
+        return known if isinstance(known, int | float) else math.inf
 
     slow = list(jobs)
     first = [slow.pop(slow.index(min(slow, key=seconds)))] if slow else []

@@ -322,7 +322,7 @@ def scrub(text: str, root: Path) -> str:
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """The complete result in a file; None for one that is being written or damaged, which `leanvit list` tells."""
+    """The complete result in a file; None for one that is missing, being written or damaged: `leanvit list` tells."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 Match = Callable[[str, nn.Module], bool]
 
@@ -110,6 +110,16 @@ def count(model: nn.Module) -> tuple[int, int]:
     """
     parameters = list(model.parameters())
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+
+def without_gaps(parameters: Iterable[Tensor]) -> bool:
+    """Whether each of the tensors, of any shape, fills its memory: torch's fused optimisers take that for granted and
+    would move the wrong numbers of a slice.
+    """
+    formats = {4: [torch.channels_last], 5: [torch.channels_last_3d]}
+    return all(
+        p.is_contiguous() or any(p.is_contiguous(memory_format=f) for f in formats.get(p.ndim, ())) for p in parameters
+    )
 
 
 def head_modules(model: nn.Module) -> list[str]:

@@ -31,7 +31,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-from leanvit import checkpoint, evaluate, several
+from leanvit import checkpoint, evaluate, several, surgery
 from leanvit.checkpoint import CheckpointError, TrainingDiverged
 from leanvit.evaluate import as_it_is, fetch, modes_restored
 
@@ -508,7 +508,8 @@ def fit(
         if recipe.channels_last:
             stack.enter_context(_channels_last(model))
         trained = [p for p in model.parameters() if p.requires_grad]
-        settings = {"lr": recipe.lr, "weight_decay": recipe.weight_decay, "fused": True}
+        settings = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
+        settings["fused"] = surgery.without_gaps(trained)
         if recipe.optimizer == "sgd":
             optimizer = torch.optim.SGD(trained, momentum=recipe.momentum, **settings)
         else:

@@ -127,7 +127,9 @@ class Trainer:
         self.device = device_of(model)
         several.agree_on_weights_(model)
         self.logits = self.first_logits()
-        self.optimizer = torch.optim.AdamW(self.optimized(), lr=lr, weight_decay=weight_decay, fused=True)
+        moved = self.optimized()
+        how = {"lr": lr, "weight_decay": weight_decay, "fused": surgery.without_gaps(moved)}
+        self.optimizer = torch.optim.AdamW(moved, **how)
         self.hooks = Hooks(model, self.shapes.prefix, self.shapes.patches)
 
     # --- for subclasses
