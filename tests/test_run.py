@@ -256,27 +256,43 @@ def test_runs_renders_skips_and_survives_failures(repository):
     assert "stale" in listing and "parameters changed" in listing and "failed" in listing
 
 
+def standing(root, seconds):
+    """Jobs named a, b, c ..., a result with its seconds on the disk for those that are given."""
+    due = []
+    for name, time_ in seconds.items():
+        job = pool.Job(name, "smoke", f"params/{name}/smoke.yaml", {}, {}, Path("outputs/smoke") / f"{name}.json")
+        due.append((job, "stale"))
+        if time_ is not None:
+            (root / job.result).parent.mkdir(parents=True, exist_ok=True)
+            result = dict.fromkeys(record.FIELDS, "x") | {"seconds": time_}
+            (root / job.result).write_text(json.dumps(result))
+    return due
+
+
 @pytest.mark.parametrize(
     "seconds, order",
     [
-        ({}, "abcd"),
-        ({"a": None, "c": 1.0}, "cabd"),
-        ({"a": 40.0, "b": 10.0, "c": 90.0, "d": 20.0}, "bcad"),
-        ({"b": 10.0, "d": 20.0}, "bacd"),
+        ([None, None, None, None], "abcd"),
+        ([40.0, 10.0, 90.0, 20.0], "bcad"),
+        ([None, None, "soon", 10.0], "abcd"),
+        ([float(n) for n in range(9, 0, -1)], "abcdefghi"),
+        ([5.0], "a"),
+        ([], ""),
     ],
 )
-def test_the_quickest_run_comes_first_then_the_slowest(seconds, order, tmp_path):
-    """By the seconds of the results that stand; without any in the order of the files."""
-    due = []
-    for name in "abcd":
-        job = pool.Job(name, "smoke", f"params/{name}/smoke.yaml", {}, {}, Path("outputs/smoke") / f"{name}.json")
-        due.append((job, "stale"))
-        if name in seconds:
-            (tmp_path / job.result).parent.mkdir(parents=True, exist_ok=True)
-            result = dict.fromkeys(record.FIELDS, "x") | {"seconds": seconds[name]}
-            (tmp_path / job.result).write_text(json.dumps(result))
-    assert "".join(job.notebook for job, _ in pool.balanced(tmp_path, due)) == order
-    assert pool.balanced(tmp_path, []) == []
+def test_runs_are_balanced_by_the_seconds_of_their_results(seconds, order, tmp_path):
+    due = standing(tmp_path, dict(zip("abcdefghi", seconds, strict=False)))
+    assert "".join(job.notebook for job, _ in pool.balanced(tmp_path, due, 2)) == order
+
+
+def test_no_core_waits_at_the_end(tmp_path):
+    """Seven runs on two cores, as they were measured: half of their sum, and a first page after the quickest."""
+    seconds = dict(zip("abcdefg", (239.0, 378.0, 324.0, 455.0, 364.0, 363.0, 455.0), strict=True))
+    order = [seconds[job.notebook] for job, _ in pool.balanced(tmp_path, standing(tmp_path, seconds), 2)]
+    free = [0.0, 0.0]
+    for t in order:
+        free[free.index(min(free))] += t
+    assert max(free) <= 1.01 * sum(seconds.values()) / 2 and 239.0 in order[:2]
 
 
 SLOW = """\
@@ -372,7 +388,7 @@ def test_environment_of_a_run(repository, monkeypatch):
 
 
 def test_a_notebook_that_measures_time_runs_alone(repository):
-    for name, metadata in (("1_a", {}), ("2_b", {"leanvit": {"alone": True}}), ("3_c", {})):
+    for name, metadata in (("1_a", {}), ("2_b", {"leanvit": {"alone": True}}), ("3_c", {}), ("4_d", {})):
         repository.notebook(name, **metadata)
         repository.params(name)
     jobs = [run.plan(repository.root, file) for file in run.parameter_files(repository.root)]
@@ -394,17 +410,17 @@ def test_a_notebook_that_measures_time_runs_alone(repository):
             return 1
 
     pool.execute(repository.root, [(job, "missing") for job in jobs], at_once=2, threads=1, launch=Pretend)
-    assert given == {"1_a": 1, "3_c": 1, "2_b": 2}  # alone, it has the cores of all
+    assert given == {"1_a": 1, "3_c": 1, "4_d": 1, "2_b": 2}  # alone, it has the cores of all
     assert log[:2] == [("start", "1_a"), ("start", "3_c")]
     assert log[-2:] == [("start", "2_b"), ("end", "2_b")]
 
     (repository.root / "outputs" / "smoke").mkdir(parents=True, exist_ok=True)
-    for job, seconds in zip(jobs, (5.0, 1.0, 2.0), strict=True):  # known times: the quicker of those together is first
+    for job, seconds in zip(jobs, (5.0, 1.0, 5.0, 2.0), strict=True):  # known times
         result = dict.fromkeys(record.FIELDS, "x") | {"seconds": seconds}
         (repository.root / job.result).write_text(json.dumps(result))
     log.clear()
     pool.execute(repository.root, [(job, "stale") for job in jobs], at_once=2, threads=1, launch=Pretend)
-    assert [name for what, name in log if what == "start"] == ["3_c", "1_a", "2_b"]
+    assert [name for what, name in log if what == "start"] == ["1_a", "4_d", "3_c", "2_b"]
 
 
 def test_figures_of_an_executed_notebook_are_stored_with_a_palette():

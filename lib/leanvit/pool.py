@@ -6,8 +6,8 @@ notebook; a run that ended well has put its result in place as its last act (wor
 """
 
 import contextlib
+import itertools
 import json
-import math
 import os
 import re
 import shutil
@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -174,7 +174,7 @@ def execute(
     """
     alone = {job.result: _alone(root, job) for job, _ in jobs}
     together = [item for item in jobs if not alone[item[0].result]]
-    waiting = balanced(root, together) if at_once > 1 else together
+    waiting = balanced(root, together, at_once) if at_once > 1 else together
     waiting += [item for item in jobs if alone[item[0].result]]
     outcomes, running = [], {}
     try:
@@ -204,19 +204,23 @@ def execute(
     return outcomes
 
 
-def balanced(root: Path, jobs: list[tuple[Job, str]]) -> list[tuple[Job, str]]:
-    """The quickest first, so that a page is there soon, then the slowest first, so that no core waits at the end; by
-    the results that stand. What has none counts as slow.
+def balanced(root: Path, jobs: list[tuple[Job, str]], at_once: int) -> list[tuple[Job, str]]:
+    """The order in which a first page is there soon and the last one, too: of all orders the one with the smallest sum
+    of the two times, by the seconds of the results that stand; of more than eight jobs the slowest first.
     """
+    known = [found["seconds"] if (found := record.read(root / job.result)) else None for job, _ in jobs]
+    slow = max((t for t in known if isinstance(t, int | float)), default=1.0)  # what is not known counts as slow
+    times = [t if isinstance(t, int | float) else slow for t in known]
 
-    def seconds(item: tuple[Job, str]) -> float:
-        found = record.read(root / item[0].result)
-        known = found["seconds"] if found else None
-        return known if isinstance(known, int | float) else math.inf
+    def both(order: Sequence[int]) -> float:
+        free = [0.0] * at_once
+        for i in order:
+            free[free.index(min(free))] += times[i]
+        return max(free) + min(times[i] for i in order[:at_once])
 
-    slow = list(jobs)
-    first = [slow.pop(slow.index(min(slow, key=seconds)))] if slow else []
-    return first + sorted(slow, key=seconds, reverse=True)
+    if len(jobs) > 8:
+        return [jobs[i] for i in sorted(range(len(jobs)), key=lambda i: -times[i])]
+    return [jobs[i] for i in min(itertools.permutations(range(len(jobs))), key=both)] if jobs else []
 
 
 def _alone(root: Path, job: Job) -> bool:
