@@ -256,6 +256,12 @@ def test_runs_renders_skips_and_survives_failures(repository):
     assert "stale" in listing and "parameters changed" in listing and "failed" in listing
 
 
+def store_result(root, job, seconds):
+    """A complete result of a job that took so long."""
+    (root / job.result).parent.mkdir(parents=True, exist_ok=True)
+    (root / job.result).write_text(json.dumps(dict.fromkeys(record.FIELDS, "x") | {"seconds": seconds}))
+
+
 def standing(root, seconds):
     """Jobs named a, b, c ..., a result with its seconds on the disk for those that are given."""
     due = []
@@ -263,9 +269,7 @@ def standing(root, seconds):
         job = pool.Job(name, "smoke", f"params/{name}/smoke.yaml", {}, {}, Path("outputs/smoke") / f"{name}.json")
         due.append((job, "stale"))
         if time_ is not None:
-            (root / job.result).parent.mkdir(parents=True, exist_ok=True)
-            result = dict.fromkeys(record.FIELDS, "x") | {"seconds": time_}
-            (root / job.result).write_text(json.dumps(result))
+            store_result(root, job, time_)
     return due
 
 
@@ -414,10 +418,8 @@ def test_a_notebook_that_measures_time_runs_alone(repository):
     assert log[:2] == [("start", "1_a"), ("start", "3_c")]
     assert log[-2:] == [("start", "2_b"), ("end", "2_b")]
 
-    (repository.root / "outputs" / "smoke").mkdir(parents=True, exist_ok=True)
     for job, seconds in zip(jobs, (5.0, 1.0, 5.0, 2.0), strict=True):  # known times
-        result = dict.fromkeys(record.FIELDS, "x") | {"seconds": seconds}
-        (repository.root / job.result).write_text(json.dumps(result))
+        store_result(repository.root, job, seconds)
     log.clear()
     pool.execute(repository.root, [(job, "stale") for job in jobs], at_once=2, threads=1, launch=Pretend)
     assert [name for what, name in log if what == "start"] == ["1_a", "4_d", "3_c", "2_b"]
