@@ -355,6 +355,27 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(repository):
     assert not list((smoke / "checkpoints").iterdir()) and not (smoke / "1_slow.failed.ipynb").exists()
 
 
+def test_what_a_runner_killed_at_the_end_left_is_removed(repository):
+    """The result is in place, its runner had no time to tidy up; what is younger belongs to a later call, and stays."""
+    repository.notebook("1_ends", "(run.checkpoints / 'a').mkdir(parents=True)")
+    job = run.plan(repository.root, repository.params("1_ends"))
+    worker = pool.Local(repository.root, job, threads=1)
+    wait_for(lambda: worker.poll() is not None)
+    log, failed, checkpoints = (repository.root / path for path in (job.log, job.failed, job.checkpoints))
+    assert worker.poll() == 0 and log.exists() and checkpoints.exists()
+    failed.write_text("of an earlier call")
+    os.utime(failed, (0, 0))
+    code, told = repository.call("run", "--tier", "smoke")
+    assert code == 0 and "1_ends: up to date" in told
+    assert not any(path.exists() for path in (log, failed, checkpoints))
+
+    for path in (log, failed):
+        path.write_text("of a forced run")
+    checkpoints.mkdir()
+    assert "up to date" in repository.call("run", "--tier", "smoke")[1]
+    assert all(path.exists() for path in (log, failed, checkpoints))
+
+
 def test_commands_for_a_slurm_array(repository):
     """One command for each run that is due, on standard output alone; nothing runs; each command does its run."""
     repository.notebook("1_x")

@@ -75,6 +75,13 @@ def by_kadaptation():
     return fitted(model)
 
 
+def by_released_kadaptation():
+    """Half of its factors have no part in the loss: they get no gradient, and stay."""
+    model = vit()
+    kadaptation.attach(model, mode="released", n=4, seed=0)
+    return fitted(model)
+
+
 def by_block_expansion():
     model = vit()
     block_expansion.attach(model, p=2)
@@ -117,6 +124,7 @@ def by_uvc():
 METHODS = {
     "LBP-WHT": by_lbp_wht,
     "KAdaptation": by_kadaptation,
+    "KAdaptation, released": by_released_kadaptation,
     "block expansion": by_block_expansion,
     "ComCAT": by_comcat,
     "UVC": by_uvc,
@@ -157,6 +165,11 @@ def test_two_processes_are_one(one_and_two, method):
     if rest:
         (plans, numbers), (plans2, numbers2) = rest, rest2
         assert plans == plans2 and numbers == pytest.approx(numbers2, rel=1e-5)
+
+
+def test_parameters_that_all_have_a_part_are_no_cause_for_a_warning(capfd):
+    train.fit(vit(), data(8), RECIPE, processes=2, progress=False)
+    assert "find_unused_parameters" not in capfd.readouterr().err
 
 
 # ---- what travels, and what comes back -----------------------------------------------------------------------------

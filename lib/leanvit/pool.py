@@ -56,6 +56,11 @@ class Job:
         return self.result.with_suffix(".log")
 
     @property
+    def checkpoints(self) -> Path:
+        """The folder from which the run goes on after an interruption; removed when it ends well."""
+        return self.result.parent / "checkpoints" / self.name
+
+    @property
     def lock(self) -> Path:
         """Held while a process executes the run."""
         return Path(".cache", f"{self.label.replace('/', '-')}.lock")
@@ -236,8 +241,7 @@ def _finish(root: Path, job: Job, code: int, seconds: float) -> Outcome:
     if code == 0 and (root / job.result).exists():
         headline = json.loads((root / job.result).read_text(encoding="utf-8"))["headline"]
         _say(f"  {job.label}: done in {seconds:.0f} s: {headline}")
-        shutil.rmtree(root / job.result.parent / "checkpoints" / job.name, ignore_errors=True)
-        (root / job.log).unlink(missing_ok=True)
+        tidy(root, job, just_ended=True)
         return Outcome(job, "done", seconds)
     _say(f"x {job.label}: failed after {seconds:.0f} s (exit code {code})\n{why_failed(root, job)}")
     try:
@@ -245,6 +249,18 @@ def _finish(root: Path, job: Job, code: int, seconds: float) -> Outcome:
     except OSError as error:  # then the log, too, may lack its end
         _say(f"    {job.result.parent.as_posix()}/ cannot be written: {error.strerror or error}")
     return Outcome(job, "failed", seconds)
+
+
+def tidy(root: Path, job: Job, just_ended: bool = False) -> None:
+    """Remove what a run that ended well needs no more, and still has where its runner was killed at the end.
+
+    Unless it has just ended, what is younger than the result belongs to another call of the same run, and stays.
+    """
+    ended = (root / job.result).stat().st_mtime_ns
+    for path in (root / job.log, root / job.failed, root / job.checkpoints):
+        with contextlib.suppress(OSError):
+            if just_ended or path.stat().st_mtime_ns <= ended:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def why_failed(root: Path, job: Job) -> str:

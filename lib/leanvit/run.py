@@ -166,6 +166,8 @@ def run_command(root: Path, options: argparse.Namespace) -> int:
         return _print_commands(root, dict(zip([job.result for job in jobs], files, strict=True)), jobs, options)
     extras.need("running notebooks", "notebooks", "papermill", "ipykernel")
     outcomes, due = _sort_out(root, jobs, options.force)
+    for done in outcomes:
+        pool.tidy(root, done.job)
     launch, at_once, threads, where = _place(root, [job for job, _ in due] or jobs, options)
     print(f"{len(due)} run(s), {where}" if due else f"all {len(jobs)} run(s) are up to date", flush=True)
     outcomes += pool.execute(

@@ -277,6 +277,7 @@ def _launch(job: Path, processes: int) -> None:
     try:
         with _caller_restored():
             os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // processes))
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a warning for each model that uses all parameters
             os.environ["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
             elastic_launch(config, sys.executable)("-m", "leanvit.several", str(job), "--quiet")
     except SignalException as stop:

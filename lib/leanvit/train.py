@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from timm.data import Mixup
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -299,7 +299,9 @@ def _accelerated(recipe: Recipe, model: nn.Module) -> Iterator[Accelerator]:
     try:
         # without cpu=True, accelerate would let each process of a machine without GPUs train for itself
         cpu = several.world() > 1 and not several.on_gpus()
-        yield Accelerator(mixed_precision=recipe.precision, cpu=cpu)
+        # a parameter may have no part in the loss (the released KAdaptation has such): one process leaves it alone, too
+        unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+        yield Accelerator(mixed_precision=recipe.precision, cpu=cpu, kwargs_handlers=[unused])
     finally:
         # accelerate wraps forward for mixed precision; left in place it would break copies of the model
         for name in ("forward", "_original_forward"):

@@ -10,6 +10,7 @@ import base64
 import io
 import json
 import logging
+import os
 import re
 import signal
 import sys
@@ -50,6 +51,7 @@ def main() -> int:
             _log_error(error)
             return 1
         partial.replace(result.with_suffix(".ipynb"))
+        os.utime(staged)  # later than the log's last word: see pool.tidy
         staged.replace(result)
         result.with_suffix(".failed.ipynb").unlink(missing_ok=True)
     return 0
