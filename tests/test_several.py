@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from leanvit import block_expansion, comcat, kadaptation, lbp_wht, several, train, uvc
+from leanvit import block_expansion, comcat, head, kadaptation, lbp_wht, several, train, uvc
 from leanvit.distill import Distill
 
 SIZE = {"img_size": 32, "patch_size": 4, "embed_dim": 16, "depth": 4, "num_heads": 2, "num_classes": 4}
@@ -82,6 +83,25 @@ def by_released_kadaptation():
     return fitted(model)
 
 
+def by_a_head_with_batch_norm():
+    """ELEVATER's head; the running statistics are compared, too."""
+    model = vit()
+    kadaptation.attach(model, n=4, seed=0)
+    head.few_shot_head(model, 4, batch_norm=True, frozen_after=4)
+    epochs, weights = fitted(model)
+    return epochs, weights + [b.double() for b in model.head.buffers()]
+
+
+def by_batch_norm_in_convolutions():
+    """With weights, on maps, and with a cumulative average."""
+    model = vit()
+    first, last = torch.nn.BatchNorm2d(3, momentum=None), torch.nn.BatchNorm1d(16)
+    model.patch_embed.proj = torch.nn.Sequential(first, model.patch_embed.proj)
+    model.fc_norm = last
+    epochs, weights = fitted(model.double())
+    return epochs, weights + [b.double() for b in model.buffers()]
+
+
 def by_block_expansion():
     model = vit()
     block_expansion.attach(model, p=2)
@@ -125,6 +145,8 @@ METHODS = {
     "LBP-WHT": by_lbp_wht,
     "KAdaptation": by_kadaptation,
     "KAdaptation, released": by_released_kadaptation,
+    "KAdaptation, head with BatchNorm": by_a_head_with_batch_norm,
+    "BatchNorm in convolutions": by_batch_norm_in_convolutions,
     "block expansion": by_block_expansion,
     "ComCAT": by_comcat,
     "UVC": by_uvc,
@@ -504,3 +526,21 @@ def test_interrupted_killed_and_finished(tmp_path):
     assert not told.count("Error") and reached <= int(out.split()[0]) < steps
     whole = train.fit(vit(), data(), train.Recipe(batch_size=8, lr=1e-3, steps=steps), loss=_loss, progress=False)
     assert float(out.split()[1]) == pytest.approx(whole.epochs[-1]["loss"], abs=1e-5)
+
+
+def busy_behind():
+    """A daemon thread is inside of torch whenever Python ends; it would abort the process."""
+
+    def multiply():
+        while True:
+            torch.ones(64, 64) @ torch.ones(64, 64)
+
+    for _ in range(4):
+        threading.Thread(target=multiply, daemon=True).start()
+    return several.rank()
+
+
+def test_threads_that_are_busy_when_a_process_ends(tmp_path):
+    """Python would let them run into their end inside of C++, which aborts: "process 1 was killed by signal 6"."""
+    for _ in range(2):
+        assert several.run(busy_behind, processes=2) == 0

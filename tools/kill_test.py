@@ -30,7 +30,8 @@ import psutil
 from leanvit import record
 
 KINDS = {"runner": r"leanvit(\.run)? run", "worker": r"leanvit\.worker", "kernel": r"ipykernel_launcher"}
-MEASURED = r"(?i)seconds|_s$|_ms|latency|time|speed|faster|throughput|per_s|memory|mib|clock|threads"
+MEASURED = r"(?i)seconds|_s$|_ms|\bms\b|latency|time|speed|faster|throughput|per_s|memory|mib|clock|threads"
+MEASURED += "|advice|serving|fronts"  # of 6_side_by_side: chosen by measured times
 COMPARED = "notebook run tier params_file overrides headline parameters seeds notes sources".split()
 GONE_S = 20.0  # for workers and kernels to notice that the runner is dead
 

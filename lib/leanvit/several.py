@@ -18,12 +18,13 @@ Job and result are pickles and may hold code: open your own alone. A script of y
 `uvc.search` or `comcat.search` works under torchrun as it is.
 
 Batches are those of one process: `fit` and the searches give each process its part, `share` does it in a loop of your
-own, so that N processes get what one gets, up to rounding. What differs: random numbers within a step are each
-process's own, and BatchNorm in train mode sees a process's images alone.
+own, so that N processes get what one gets, up to rounding; in `fit`, BatchNorm sees the images of all. What differs: random
+numbers within a step are each process's own.
 """
 
 import atexit
 import contextlib
+import functools
 import os
 import pickle
 import random
@@ -104,6 +105,52 @@ def average_(tensors: list[Tensor], device: torch.device) -> None:
         flat = torch.cat([t.reshape(-1).to(device, torch.float64 if exact else torch.float32) for t in tensors])
         dist.all_reduce(flat)
         _unflatten_(flat / world(), tensors)
+
+
+@contextlib.contextmanager
+def batch_norms_of_all(model: nn.Module) -> Iterator[None]:
+    """Meanwhile torch's BatchNorm layers in train mode normalise by the images of all processes, as one process would;
+    each process must have equally many. (torch's SyncBatchNorm does so on GPUs alone.)
+    """
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    norms = [m for m in model.modules() if type(m) in kinds and "forward" not in m.__dict__] if world() > 1 else []
+    try:
+        for norm in norms:
+            norm.forward = functools.partial(_batch_norm, norm)
+        yield
+    finally:
+        for norm in norms:
+            norm.__dict__.pop("forward", None)
+
+
+def _batch_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """BatchNorm of `x (B, C, ...)`, part of a batch."""
+    if not norm.training:
+        return type(norm).forward(norm, x)
+    norm._check_input_dim(x)
+    over, shape = [0, *range(2, x.ndim)], [1, -1] + [1] * (x.ndim - 2)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    mean = _mean_of_all(wide.mean(over))
+    centred = wide - mean.view(shape)
+    variance = _mean_of_all(centred.square().mean(over))
+    if norm.running_mean is not None:
+        with torch.no_grad():
+            norm.num_batches_tracked.add_(1)
+            momentum = 1 / norm.num_batches_tracked.item() if norm.momentum is None else norm.momentum
+            n = x.numel() // x.shape[1] * world()
+            norm.running_mean.lerp_(mean.to(norm.running_mean), momentum)
+            norm.running_var.lerp_((variance * n / (n - 1)).to(norm.running_var), momentum)
+    y = centred * (variance + norm.eps).rsqrt().view(shape)
+    if norm.weight is not None:
+        y = y * norm.weight.view(shape) + norm.bias.view(shape)
+    return y.to(x.dtype)
+
+
+def _mean_of_all(x: Tensor) -> Tensor:
+    """The mean over the processes; gradients go to all of them."""
+    from torch.distributed.nn.functional import all_reduce
+
+    return all_reduce(x.contiguous()) / world()
 
 
 def agree_(tensors: list[Tensor], device: torch.device) -> None:
@@ -344,9 +391,16 @@ def main(job: str, quiet: bool = False) -> None:
             _tell(Path(job), error)
         else:
             traceback.print_exception(error)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)  # the others may be gone: no goodbye
+        _end(130 if isinstance(error, KeyboardInterrupt) else 1)  # the others may be gone: no goodbye
+    atexit._run_exitfuncs()
+    _end(0)
+
+
+def _end(code: int) -> None:
+    """End here: Python would stop daemon threads wherever they are, and inside of torch's C++ that aborts."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _own_device(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:

@@ -516,6 +516,7 @@ def fit(
             optimizer = torch.optim.SGD(trained, momentum=recipe.momentum, **settings)
         else:
             optimizer = torch.optim.AdamW(trained, **settings)
+        stack.enter_context(several.batch_norms_of_all(model))
         prepared, optimizer = accelerator.prepare(model, optimizer)
 
         history, sums, before = History(), [0.0, 0], 0.0  # sums: of the losses since the last entry, and their number
