@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import filelock
 import matplotlib.pyplot as plt
 import numpy as np
 import psutil
@@ -369,11 +370,34 @@ def test_what_a_runner_killed_at_the_end_left_is_removed(repository):
     assert code == 0 and "1_ends: up to date" in told
     assert not any(path.exists() for path in (log, failed, checkpoints))
 
-    for path in (log, failed):
+    rows = checkpoints / "key" / "rows.json"
+    rows.parent.mkdir(parents=True)
+    for path in (log, failed, rows):
         path.write_text("of a forced run")
-    checkpoints.mkdir()
+    os.utime(checkpoints, (0, 0))
+    os.utime(rows.parent, (0, 0))
     assert "up to date" in repository.call("run", "--tier", "smoke")[1]
-    assert all(path.exists() for path in (log, failed, checkpoints))
+    assert log.exists() and failed.exists() and rows.exists()
+
+    os.utime(rows, (0, 0))  # a tidying that was killed itself leaves young folders
+    os.utime(checkpoints)
+    with filelock.FileLock(repository.root / job.lock):  # at work: a run that goes on from old rows
+        assert "up to date" in repository.call("run", "--tier", "smoke")[1] and rows.exists()
+    assert "up to date" in repository.call("run", "--tier", "smoke")[1]
+    assert not checkpoints.exists() and log.exists() and failed.exists()
+
+
+def test_a_forced_run_does_not_go_on_from_what_a_finished_one_left(repository):
+    """Its runner was killed before it could remove the checkpoints."""
+    repository.notebook("1_ends", "run.checkpoints.mkdir(parents=True, exist_ok=True)\n"
+                        "run.metrics['rows'] = (run.checkpoints / 'rows').exists()\n"
+                        "(run.checkpoints / 'rows').touch()")  # fmt: skip
+    job = run.plan(repository.root, repository.params("1_ends"))
+    worker = pool.Local(repository.root, job, threads=1)
+    wait_for(lambda: worker.poll() is not None)
+    assert (repository.root / job.checkpoints).exists()
+    assert repository.call("run", "--tier", "smoke", "--force")[0] == 0
+    assert repository.result("smoke/1_ends.json")["metrics"]["rows"] is False
 
 
 def test_commands_for_a_slurm_array(repository):

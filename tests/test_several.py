@@ -540,6 +540,23 @@ def busy_behind():
     return several.rank()
 
 
+def told_late(path):
+    """A file that is not closed, and a thread that ends after the function."""
+
+    def write():
+        time.sleep(1)
+        Path(f"{path}.thread").write_text("whole")
+
+    told_late.file = open(f"{path}.{several.rank()}", "w")  # noqa: SIM115
+    told_late.file.write("whole")
+    threading.Thread(target=write).start()
+
+
+def test_files_and_threads_of_a_process_end_as_in_python(tmp_path):
+    several.run(told_late, str(tmp_path / "a"), processes=2)
+    assert [(tmp_path / f"a.{end}").read_text() for end in (0, 1, "thread")] == ["whole"] * 3
+
+
 def test_threads_that_are_busy_when_a_process_ends(tmp_path):
     """Python would let them run into their end inside of C++, which aborts: "process 1 was killed by signal 6"."""
     for _ in range(2):

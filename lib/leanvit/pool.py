@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import filelock
+
 from leanvit import atomic, record
 
 CELL_TIMEOUT_S = {"smoke": 300, "embedded": 3600}  # elsewhere a cell may take days
@@ -254,13 +256,24 @@ def _finish(root: Path, job: Job, code: int, seconds: float) -> Outcome:
 def tidy(root: Path, job: Job, just_ended: bool = False) -> None:
     """Remove what a run that ended well needs no more, and still has where its runner was killed at the end.
 
-    Unless it has just ended, what is younger than the result belongs to another call of the same run, and stays.
+    Unless it has just ended, what is younger than the result belongs to another call of the same run, and stays; so
+    does everything while such a call is at work.
     """
-    ended = (root / job.result).stat().st_mtime_ns
-    for path in (root / job.log, root / job.failed, root / job.checkpoints):
-        with contextlib.suppress(OSError):
-            if just_ended or path.stat().st_mtime_ns <= ended:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    left = [path for path in (root / job.log, root / job.failed, root / job.checkpoints) if path.exists()]
+    if not left:
+        return
+    lock = contextlib.nullcontext() if just_ended else filelock.FileLock(root / job.lock, timeout=0)
+    with contextlib.suppress(filelock.Timeout, OSError), lock:
+        ended = (root / job.result).stat().st_mtime_ns
+        for path in left:
+            if just_ended or _youngest(path) <= ended:
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+
+
+def _youngest(path: Path) -> int:
+    """When a file, or the last of the files below a folder, was written; folders change when they are tidied up."""
+    files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+    return max((p.stat().st_mtime_ns for p in files), default=0)
 
 
 def why_failed(root: Path, job: Job) -> str:

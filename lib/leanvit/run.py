@@ -166,8 +166,6 @@ def run_command(root: Path, options: argparse.Namespace) -> int:
         return _print_commands(root, dict(zip([job.result for job in jobs], files, strict=True)), jobs, options)
     extras.need("running notebooks", "notebooks", "papermill", "ipykernel")
     outcomes, due = _sort_out(root, jobs, options.force)
-    for done in outcomes:
-        pool.tidy(root, done.job)
     launch, at_once, threads, where = _place(root, [job for job, _ in due] or jobs, options)
     print(f"{len(due)} run(s), {where}" if due else f"all {len(jobs)} run(s) are up to date", flush=True)
     outcomes += pool.execute(
@@ -190,6 +188,8 @@ def _sort_out(root: Path, jobs: list[Job], force: bool) -> tuple[list[Outcome], 
     fresh, due = [], []
     for job in jobs:
         kind, why = state(root, job, checkout)
+        if kind == "fresh":
+            pool.tidy(root, job)
         if kind == "fresh" and not force:
             print(f"  {job.label}: up to date", flush=True)
             fresh.append(Outcome(job, "up to date"))

@@ -18,13 +18,15 @@ Job and result are pickles and may hold code: open your own alone. A script of y
 `uvc.search` or `comcat.search` works under torchrun as it is.
 
 Batches are those of one process: `fit` and the searches give each process its part, `share` does it in a loop of your
-own, so that N processes get what one gets, up to rounding; in `fit`, BatchNorm sees the images of all. What differs: random
-numbers within a step are each process's own.
+own, so that N processes get what one gets, up to rounding; in `fit`, torch's BatchNorm layers see the images of all.
+What differs: random numbers within a step are each process's own.
 """
 
 import atexit
 import contextlib
 import functools
+import gc
+import io
 import os
 import pickle
 import random
@@ -392,7 +394,11 @@ def main(job: str, quiet: bool = False) -> None:
         else:
             traceback.print_exception(error)
         _end(130 if isinstance(error, KeyboardInterrupt) else 1)  # the others may be gone: no goodbye
+    threading._shutdown()  # waits for threads that are no daemons
     atexit._run_exitfuncs()
+    for file in [o for o in gc.get_objects() if isinstance(o, io.IOBase) and not o.closed and o.writable()]:
+        with contextlib.suppress(OSError, ValueError):
+            file.flush()
     _end(0)
 
 

@@ -473,7 +473,8 @@ def fit(
 
     `processes` above 1 divide each batch, and every test set, between them (see `several`); the weights come back into
     `model`, the numbers are those of one process up to rounding. Data, model, `loss` and `metric` must be picklable;
-    what `loss` changes besides stays in the processes. Inside a group of torchrun it takes part, with 1, too.
+    what `loss` changes besides stays in the processes, and where it calls the model with gradients more than once, each
+    call must use the same parameters. Inside a group of torchrun it takes part, with 1, too.
 
     Raises `TrainingDiverged` (loss or weights not finite; names the step, the last good checkpoint stays),
     `CheckpointError` (cannot be written, or is another training's), `ValueError` (nothing to train, labels that the
