@@ -136,7 +136,7 @@ dt { color: var(--soft); } dd { margin: 0; }
 .picture-box { overflow-x: auto; } .picture-box img { background: #fff; border-radius: 6px; }
 /* a wide figure shrunk to a phone could not be read: it keeps its size, up to a point, and moves in its box */
 @media (max-width: 40rem) { .picture-box img { max-width: none; width: max(100%, min(var(--natural), 38rem)); } }
-@media (prefers-color-scheme: dark) { .picture-box img, .cards img { filter: brightness(.93); } }
+@media (prefers-color-scheme: dark) { .picture-box img, .cards .picture { filter: brightness(.93); } }
 table { border-collapse: collapse; width: max-content; max-width: 60rem; font-size: .9rem;
   font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .8rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
