@@ -515,7 +515,9 @@ def test_one_run_a_core(monkeypatch, cores, jobs, asked, at_once, threads):
     monkeypatch.setattr(record, "cores", lambda: cores)
     job = SimpleNamespace(tier="embedded")
     options = SimpleNamespace(cluster=None, jobs=asked)
-    assert run._place(Path(), [job] * jobs, options)[1:3] == (at_once, threads)
+    for due in (jobs, 1):  # the last one of an interrupted batch has the threads, and so the numbers, of the others
+        _, most, each, told = run._place(Path(), [job] * jobs, [job] * due, options)
+        assert (most, each) == (at_once, threads) and told == f"{min(at_once, due)} at once, {threads} thread(s) each"
 
 
 def test_a_damaged_result_is_not_fresh(repository):

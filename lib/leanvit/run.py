@@ -166,7 +166,7 @@ def run_command(root: Path, options: argparse.Namespace) -> int:
         return _print_commands(root, dict(zip([job.result for job in jobs], files, strict=True)), jobs, options)
     extras.need("running notebooks", "notebooks", "papermill", "ipykernel")
     outcomes, due = _sort_out(root, jobs, options.force)
-    launch, at_once, threads, where = _place(root, [job for job, _ in due] or jobs, options)
+    launch, at_once, threads, where = _place(root, jobs, [job for job, _ in due], options)
     print(f"{len(due)} run(s), {where}" if due else f"all {len(jobs)} run(s) are up to date", flush=True)
     outcomes += pool.execute(
         root,
@@ -198,18 +198,22 @@ def _sort_out(root: Path, jobs: list[Job], force: bool) -> tuple[list[Outcome], 
     return fresh, due
 
 
-def _place(root: Path, jobs: list[Job], options: argparse.Namespace) -> tuple[Callable, int, int, str]:
-    """What starts a run, how many at once, threads of each, and this in words."""
+def _place(root: Path, jobs: list[Job], due: list[Job], options: argparse.Namespace) -> tuple[Callable, int, int, str]:
+    """What starts a run, how many at once, threads of each, and this in words.
+
+    The threads follow from all jobs that were asked for, whichever are due: sums in another order round differently,
+    and a batch that was interrupted should end with the numbers of one that was not.
+    """
     if options.cluster:
         from leanvit.cluster import Cluster
 
         nodes = Cluster(root, options.cluster)
-        nodes.check(jobs)
-        return nodes.launch, options.jobs or len(jobs), 1, f"on a cluster of {len(nodes.nodes)} node(s)"
+        nodes.check(due)
+        return nodes.launch, options.jobs or max(1, len(due)), 1, f"on a cluster of {len(nodes.nodes)} node(s)"
     on_gpu = any(job.tier in ("gpu", "paper") for job in jobs)
     at_once = min(options.jobs or (1 if on_gpu else record.cores()), len(jobs))
     threads = max(1, record.cores() // at_once)
-    return pool.Local, at_once, threads, f"{at_once} at once, {threads} thread(s) each"
+    return pool.Local, at_once, threads, f"{min(at_once, len(due))} at once, {threads} thread(s) each"
 
 
 def _print_commands(root: Path, files: dict[Path, Path], jobs: list[Job], options: argparse.Namespace) -> int:
