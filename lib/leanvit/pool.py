@@ -259,7 +259,7 @@ def tidy(root: Path, job: Job, just_ended: bool = False) -> None:
     Unless it has just ended, what is younger than the result belongs to another call of the same run, and stays; so
     does everything while such a call is at work.
     """
-    left = [path for path in (root / job.log, root / job.failed, root / job.checkpoints) if path.exists()]
+    left = [path for path in (root / job.checkpoints, root / job.failed, root / job.log) if path.exists()]
     if not left:
         return
     lock = contextlib.nullcontext() if just_ended else filelock.FileLock(root / job.lock, timeout=0)

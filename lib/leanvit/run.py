@@ -183,7 +183,7 @@ def run_command(root: Path, options: argparse.Namespace) -> int:
 
 
 def _sort_out(root: Path, jobs: list[Job], force: bool) -> tuple[list[Outcome], list[tuple[Job, str]]]:
-    """What is done already, and what is due with the reason why."""
+    """What is done already, tidied up, and what is due with the reason why."""
     checkout = record.checkout_id(root)
     fresh, due = [], []
     for job in jobs:
