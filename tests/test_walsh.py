@@ -176,3 +176,62 @@ def test_without_cupy_the_torch_path_runs_and_says_so_once(monkeypatch, recwarn)
         assert walsh._cuda_kernels() is None
     assert walsh._cuda_kernels() is None and not recwarn
     walsh._cuda_kernels.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "bases, order, cells",
+    [
+        (lbp_wht.low_pass_l1(4), 8, 16),  # 2x2 tokens each
+        (lbp_wht.low_pass_l1(2), 8, 4),  # 4x4
+        ([(0, 0)], 8, 1),  # the gradient filter: the whole block
+        ([(0, 0), (0, 7)], 8, 2),  # every other column
+        ([(0, 0), (1, 1)], 4, 2),  # opposite quarters
+        (lbp_wht.low_pass_l1(8), 8, 64),  # every place of its own
+        (lbp_wht.low_pass_l1(8, 16), 16, 64),
+    ],
+)
+def test_a_cell_holds_the_places_where_all_bases_agree(bases, order, cells):
+    cell_of_place, small = walsh._cells(tuple(flat(bases)), order)
+    assert sorted(set(cell_of_place)) == list(range(cells))
+    matrix = walsh.dense_matrix(order, order, flat(bases), order)  # one block, so its columns are the places
+    assert torch.equal(small[:, list(cell_of_place)], matrix)
+    assert len(set(map(tuple, small.T.tolist()))) == cells  # and no two cells are alike
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("reflect", [False, True])
+@pytest.mark.parametrize("bases", [[(0, 0)], lbp_wht.low_pass_l1(2), [(3, 0), (1, 2)], lbp_wht.low_pass_l1(6)])
+@pytest.mark.parametrize("h, w, prefix", [*GRIDS, (37, 37, 5), (8, 30, 0)])
+def test_the_torch_path_equals_the_dense_matrix(h, w, prefix, bases, reflect, dtype):
+    torch.manual_seed(h)
+    arguments = h, w, prefix, flat(bases), 8, reflect
+    x = torch.randn(3, prefix + h * w, 5, dtype=dtype)
+    z = walsh.project(x, *arguments)  # both ways in torch are among these shapes
+    close = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 4e-3, "atol": 4e-3}
+    if dtype == torch.float32:
+        close = {"rtol": 1e-5, "atol": 1e-5}
+    if dtype == torch.bfloat16:
+        close = {"rtol": 3e-2, "atol": 3e-2}
+    torch.testing.assert_close(z.double(), walsh.project_ref(x.double(), *arguments), **close)
+    torch.testing.assert_close(walsh.expand(z, *arguments).double(), walsh.expand_ref(z.double(), *arguments), **close)
+
+
+def test_both_ways_in_torch_are_taken_and_agree():
+    x = torch.randn(2, 1 + 14 * 14, 6)
+    for k, pays in ((2, True), (4, True), (6, False)):
+        arguments = 14, 14, 1, flat(lbp_wht.low_pass_l1(k)), 8, False
+        assert walsh._pays(x, 14, 14, arguments[3], 8) == pays
+        z = walsh._project_cells(x, *arguments)
+        torch.testing.assert_close(z, walsh._project_bands(x, *arguments), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            walsh._expand_cells(z, *arguments), walsh._expand_bands(z, *arguments), rtol=1e-5, atol=1e-5
+        )
+    apart = torch.randn(2, 6, 14 * 14).transpose(1, 2)  # a convolution's tokens
+    assert not walsh._pays(apart, 14, 14, flat(lbp_wht.low_pass_l1(4)), 8)
+
+
+@pytest.mark.parametrize("shape", [(0, 65, 4), (2, 65, 0)])
+def test_no_image_and_no_channel_are_no_error(shape):
+    grid = 8, 8, 1, flat(lbp_wht.low_pass_l1(2))
+    z = walsh.project(torch.zeros(shape), *grid)
+    assert z.shape == (shape[0], 4, shape[2]) and walsh.expand(z, *grid).shape == shape
