@@ -150,7 +150,7 @@ def test_head_may_differ_only_when_asked_for(tmp_path):
     model = tiny(num_classes=7)
     save_file(model.state_dict(), tmp_path / "w.safetensors")
     with pytest.raises(WeightsError, match=r"head.weight \(7, 192\) instead of \(1000, 192\)"):
-        tiny(checkpoint=tmp_path / "w.safetensors")
+        models.load_checkpoint(tiny(), tmp_path / "w.safetensors")
     five = tiny(checkpoint=tmp_path / "w.safetensors", num_classes=5)
     assert five.head.weight.shape == (5, 192) and torch.equal(five.norm.weight, model.norm.weight)
     none, x = tiny(checkpoint=tmp_path / "w.safetensors", num_classes=0).eval(), image_batch()
@@ -161,6 +161,32 @@ def test_head_may_differ_only_when_asked_for(tmp_path):
     assert tiny(checkpoint=tmp_path / "headless.safetensors", num_classes=3).head.out_features == 3
     with pytest.raises(WeightsError, match="2 missing: head.weight, head.bias"):
         tiny(checkpoint=tmp_path / "headless.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pth"])
+def test_without_a_number_the_classes_are_the_files(kind, tmp_path):
+    model, path = tiny(num_classes=7), tmp_path / f"seven.{kind}"
+    save_file(model.state_dict(), path) if kind == "safetensors" else torch.save({"model": model.state_dict()}, path)
+    seven = tiny(checkpoint=path)
+    assert seven.num_classes == 7 and torch.equal(seven.head.weight, model.head.weight)
+    assert tiny(checkpoint=path, num_classes=5).num_classes == 5
+    embedded = models.create("embedded_vit", num_classes=3)
+    save_file(embedded.state_dict(), tmp_path / "three.safetensors")
+    assert models.create("embedded_vit", checkpoint=tmp_path / "three.safetensors").num_classes == 3
+
+
+def test_a_distilled_model_takes_both_heads_from_the_file(tmp_path):
+    model = timm.create_model("deit_tiny_distilled_patch16_224", depth=1, num_classes=4)
+    save_file(model.state_dict(), tmp_path / "four.safetensors")
+    four = models.create("deit_tiny_distilled_patch16_224", checkpoint=tmp_path / "four.safetensors", depth=1)
+    assert torch.equal(four.head.weight, model.head.weight) and torch.equal(four.head_dist.bias, model.head_dist.bias)
+
+
+def test_a_head_of_another_width_is_not_taken_for_one_of_more_classes(tmp_path):
+    wide = timm.create_model("vit_small_patch16_224", depth=1, num_classes=7)
+    save_file(wide.state_dict(), tmp_path / "wide.safetensors")
+    with pytest.raises(WeightsError, match=r"head.weight \(7, 384\) instead of \(1000, 192\)|width 384"):
+        models.create("vit_tiny_patch16_224", checkpoint=tmp_path / "wide.safetensors", depth=1)
 
 
 def test_position_grid_is_resampled_and_said():

@@ -61,10 +61,11 @@ def create(
     """The model `name`: "embedded_vit" or any name of timm.
 
     `checkpoint`: "embedded" (the committed weights of embedded_vit) or a file, see `load_checkpoint`. `pretrained`:
-    timm's weights from the hub. `num_classes`: where it differs from the checkpoint's, the head starts anew; where it
-    does not, the checkpoint's head is kept, as timm does. `img_size`: side, or (height, width), in pixels. Raises
-    `WeightsError` when weights do not fit or cannot be reached, `ValueError` for an unknown name or for weights asked
-    for twice.
+    timm's weights from the hub. `num_classes`: None takes as many as the file's classifier has (without a file, or
+    with .npz: the architecture's own number); where a number differs from the checkpoint's, the head starts anew;
+    where it does not, the checkpoint's head is kept, as timm does. `img_size`: side, or (height, width), in pixels.
+    Raises `WeightsError` when weights do not fit or cannot be reached, `ValueError` for an unknown name or for weights
+    asked for twice.
 
     >>> from leanvit import models
     >>> model = models.create("embedded_vit", checkpoint="embedded")
@@ -86,9 +87,27 @@ def create(
             timm_kwargs["num_classes"] = num_classes
         model = _timm_model(name, pretrained, timm_kwargs)
     if checkpoint is not None:
-        path = EMBEDDED_WEIGHTS if checkpoint == "embedded" else checkpoint
-        load_checkpoint(model, path, new_head=num_classes is not None)
+        path = _found(EMBEDDED_WEIGHTS if checkpoint == "embedded" else checkpoint)
+        if path.suffix == ".npz":
+            _load_npz(model, path)
+            return model
+        tensors, header = _read(path)
+        if num_classes is None:
+            _as_many_classes(model, tensors)
+        _load(model, path, tensors, header, new_head=num_classes is not None)
     return model
+
+
+def _as_many_classes(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Give the model as many classes as the classifier among `tensors` has, if there is one and it fits otherwise."""
+    wanted = model.state_dict()
+    sizes = {
+        len(tensors[key])
+        for key in (f"{name}.weight" for name in _classifier_names(model))
+        if key in tensors and key in wanted and tensors[key].shape[1:] == wanted[key].shape[1:]
+    }
+    if len(sizes) == 1 and sizes != {getattr(model, "num_classes", None)}:
+        model.reset_classifier(sizes.pop())
 
 
 def _embedded_vit(num_classes: int, **kwargs) -> VisionTransformer:
@@ -128,12 +147,20 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, new_head: bool = Fals
     `new_head`: a classifier of another number of classes, or none, is left out and the model's own stays.
     Raises `WeightsError` that lists what is missing, unexpected and of another shape; the model is then unchanged.
     """
+    path = _found(path)
+    if path.suffix == ".npz":
+        return _load_npz(model, path)
+    return _load(model, path, *_read(path), new_head)
+
+
+def _found(path: str | Path) -> Path:
     path = Path(path).expanduser()
     if not path.is_file():
         raise WeightsError(f"{path}: no such file of weights (cwd {Path.cwd().name}/)")
-    if path.suffix == ".npz":
-        return _load_npz(model, path)
-    tensors, header = _read(path)
+    return path
+
+
+def _load(model: nn.Module, path: Path, tensors: dict[str, torch.Tensor], header: dict, new_head: bool) -> dict:
     original = {key: tuple(value.shape) for key, value in tensors.items()}
     filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     cannot = ""
