@@ -1,4 +1,5 @@
 import copy
+import json
 import math
 
 import numpy as np
@@ -7,6 +8,8 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from timm.models.beit import Beit
 from timm.models.eva import Eva
 from timm.models.vision_transformer import (
@@ -423,6 +426,23 @@ def test_a_file_for_another_base_is_refused(tmp_path):  # T9
         block_expansion.save(more, path)
     with pytest.raises(ValueError, match="not attached"):
         block_expansion.save(base, path)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [("positions", None), ("positions", [1.5]), ("depth", "6"), ("width", None), ("base", 7), ("num_classes", "x")],
+)
+def test_a_damaged_header_is_one_clear_error(tmp_path, key, value):
+    base = vit(6)
+    path = block_expansion.save(attached(base, p=3), tmp_path / "delta.safetensors")
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    header = json.loads(metadata["header"]) | {key: value}
+    save_file(load_file(path), path, metadata | {"header": json.dumps(header)})
+    before = snapshot(base)
+    with pytest.raises(ValueError, match=rf"the header of .* is damaged \({key}="):
+        block_expansion.load(base, path)
+    assert equal(base.state_dict(), before) and not hasattr(base, "block_expansion")
 
 
 def _with_lora(model: nn.Module) -> nn.Module:

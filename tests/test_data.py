@@ -123,8 +123,12 @@ def test_wrong_names(call, words):
     with pytest.raises(DataError) as error:
         data.load(*call)
     assert all(word in one_line(error) for word in words)
-    with pytest.raises(DataError, match="limit=0"):
-        data.load("digits", "test", limit=0)
+    for limit in (0, -3, 2.5, True):
+        with pytest.raises(DataError, match=f"limit={limit} of digits: a whole number of at least 1"):
+            data.load("digits", "test", limit=limit)
+    for shots in (0, 2.5, True):
+        with pytest.raises(DataError, match=f"{shots} shots of digits: it must be a whole number of at least 1"):
+            data.few_shot(data.load("digits", "test"), shots, seed=0)
 
 
 # ---- sets that the user brings -------------------------------------------------------------------------------------

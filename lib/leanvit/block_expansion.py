@@ -482,6 +482,16 @@ def save(model: nn.Module, path: str | Path) -> Path:
     return state.save(model, path, names=mine, header=header)
 
 
+# what a file's header must hold, so that a damaged one ends in a sentence
+_HEADER = {
+    "positions": lambda value: isinstance(value, list) and all(map(_whole, value)),
+    "depth": _whole,
+    "width": _whole,
+    "num_classes": lambda value: value is None or _whole(value),
+    "base": lambda value: isinstance(value, str),
+}
+
+
 def load(model: nn.Module, path: str | Path) -> dict:
     """Bring a saved expansion onto its base and return the file's header; the outputs are those of the saved model.
 
@@ -489,11 +499,15 @@ def load(model: nn.Module, path: str | Path) -> dict:
     same blocks attached.
 
     Raises `ValueError` for another depth, width, positions or other base weights, for a head of another kind, for a
-    file of another method; `FileNotFoundError`. The model is then as it was.
+    file of another method or with a damaged header; `FileNotFoundError`. The model is then as it was.
     """
     header = state.read_header(path)
     if header.get("method") != ATTACHED:
         raise ValueError(f"load: {path} holds no block expansion (method {header.get('method')!r})")
+    damaged = [key for key, fits in _HEADER.items() if not fits(header.get(key))]
+    if damaged:
+        told = ", ".join(f"{key}={header.get(key)!r}" for key in damaged)
+        raise ValueError(f"load: the header of {path} is damaged ({told}); save the expansion again")
     attached = _attached(model) is not None
     depth = _expansion(model, "load").depth if attached else len(_flat_blocks(model))
     _check_blocks(model, model.blocks)

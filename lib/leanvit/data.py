@@ -20,6 +20,7 @@ import socket
 import urllib.error
 from collections import Counter
 from collections.abc import Callable, Iterator
+from numbers import Integral
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -112,8 +113,8 @@ def load(
         raise DataError(f"unknown data set {name!r}: {hint}known are {', '.join(NAMES)}")
     if split not in ("train", "test"):
         raise DataError(f"unknown split {split!r} of {name}: train or test")
-    if limit is not None and limit < 1:
-        raise DataError(f"limit={limit} of {name}: at least 1 image, or None for all")
+    if limit is not None and (not isinstance(limit, Integral) or isinstance(limit, bool) or limit < 1):
+        raise DataError(f"limit={limit!r} of {name}: a whole number of at least 1 image, or None for all")
     if key in EMBEDDED:
         found = _embedded(key, split)
     elif key == "fashion_mnist":

@@ -8,6 +8,7 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -165,8 +166,8 @@ def few_shot(dataset: ImageSet, shots: int, seed: int) -> ImageSet:
     >>> data.few_shot(data.load("digits", "train"), shots=5, seed=0)
     ImageSet('digits', 50 images, 10 classes)
     """
-    if shots < 1:
-        raise DataError(f"{shots} shots of {dataset.name}: it must be at least 1")
+    if not isinstance(shots, Integral) or isinstance(shots, bool) or shots < 1:
+        raise DataError(f"{shots!r} shots of {dataset.name}: it must be a whole number of at least 1")
     owned = classes_of(dataset)
     available = Counter(label for labels in owned for label in labels)
     short = [f"{name} ({available[c]})" for c, name in enumerate(dataset.classes) if available[c] < shots]
