@@ -175,6 +175,25 @@ def test_without_a_number_the_classes_are_the_files(kind, tmp_path):
     assert models.create("embedded_vit", checkpoint=tmp_path / "three.safetensors").num_classes == 3
 
 
+@pytest.mark.parametrize(
+    "name, settings",
+    [
+        ("swin_tiny_patch4_window7_224", {"embed_dim": 24, "depths": (1, 1), "num_heads": (1, 2)}),  # head.fc
+        ("swinv2_tiny_window8_256", {"embed_dim": 24, "depths": (1, 1), "num_heads": (1, 2)}),
+        ("efficientformerv2_s0", {}),  # head and head_dist
+        ("vit_small_patch14_dinov2", {"depth": 1, "img_size": 28}),  # made without a classifier
+        ("vit_base_patch32_clip_224", {"depth": 1}),
+    ],
+)
+def test_the_classes_are_the_files_whatever_the_classifier_is_called(name, settings, tmp_path):
+    saved = timm.create_model(name, num_classes=7, **settings)
+    save_file(saved.state_dict(), tmp_path / "seven.safetensors")
+    loaded = models.create(name, checkpoint=tmp_path / "seven.safetensors", **settings)
+    assert loaded.num_classes == 7
+    for key, value in saved.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value)
+
+
 def test_a_distilled_model_takes_both_heads_from_the_file(tmp_path):
     model = timm.create_model("deit_tiny_distilled_patch16_224", depth=1, num_classes=4)
     save_file(model.state_dict(), tmp_path / "four.safetensors")

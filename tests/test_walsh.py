@@ -216,6 +216,29 @@ def test_the_torch_path_equals_the_dense_matrix(h, w, prefix, bases, reflect, dt
     torch.testing.assert_close(walsh.expand(z, *arguments).double(), walsh.expand_ref(z.double(), *arguments), **close)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bases", [[(0, 0)], lbp_wht.low_pass_l1(2), lbp_wht.low_pass_l1(4)])
+def test_half_precision_neither_overflows_nor_is_rounded_twice(dtype, bases):
+    grid = 14, 14, 1, flat(bases), 8, False
+    full = torch.full((1, 197, 4), 3000.0, dtype=dtype)  # the sum of a block is more than float16 can hold
+    assert walsh.project(full, *grid).isfinite().all()
+    torch.manual_seed(0)
+    x = (torch.randn(8, 197, 32) + 30).to(dtype)  # channels with a mean, which all bases but the first cancel
+    exact = walsh.project_ref(x.double(), *grid)
+    error = (walsh.project(x, *grid).double() - exact)[:, 1:].abs()
+    assert (error <= 0.51 * torch.finfo(dtype).eps * exact[:, 1:].abs() + 1e-3).all()  # the result is rounded once
+
+
+@pytest.mark.parametrize("k", [2, 4, 8])
+def test_autocast_leaves_the_ops_their_dtype(k):
+    grid = 14, 14, 1, flat(lbp_wht.low_pass_l1(k))
+    x = torch.randn(2, 197, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        z = walsh.project(x, *grid)
+        back = walsh.expand(z, *grid)
+    assert torch.equal(z, walsh.project(x, *grid)) and torch.equal(back, walsh.expand(z, *grid))
+
+
 def test_both_ways_in_torch_are_taken_and_agree():
     x = torch.randn(2, 1 + 14 * 14, 6)
     for k, pays in ((2, True), (4, True), (6, False)):

@@ -62,10 +62,10 @@ def create(
 
     `checkpoint`: "embedded" (the committed weights of embedded_vit) or a file, see `load_checkpoint`. `pretrained`:
     timm's weights from the hub. `num_classes`: None takes as many as the file's classifier has (without a file, or
-    with .npz: the architecture's own number); where a number differs from the checkpoint's, the head starts anew;
-    where it does not, the checkpoint's head is kept, as timm does. `img_size`: side, or (height, width), in pixels.
-    Raises `WeightsError` when weights do not fit or cannot be reached, `ValueError` for an unknown name or for weights
-    asked for twice.
+    with .npz: the architecture's own number; a file without a classifier needs a number); where a number differs from
+    the checkpoint's, the head starts anew; where it does not, the checkpoint's head is kept, as timm does. `img_size`:
+    side, or (height, width), in pixels. Raises `WeightsError` when weights do not fit or cannot be reached,
+    `ValueError` for an unknown name or for weights asked for twice.
 
     >>> from leanvit import models
     >>> model = models.create("embedded_vit", checkpoint="embedded")
@@ -87,27 +87,9 @@ def create(
             timm_kwargs["num_classes"] = num_classes
         model = _timm_model(name, pretrained, timm_kwargs)
     if checkpoint is not None:
-        path = _found(EMBEDDED_WEIGHTS if checkpoint == "embedded" else checkpoint)
-        if path.suffix == ".npz":
-            _load_npz(model, path)
-            return model
-        tensors, header = _read(path)
-        if num_classes is None:
-            _as_many_classes(model, tensors)
-        _load(model, path, tensors, header, new_head=num_classes is not None)
+        path = EMBEDDED_WEIGHTS if checkpoint == "embedded" else checkpoint
+        _load(model, path, head="own" if num_classes is None else "new")
     return model
-
-
-def _as_many_classes(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Give the model as many classes as the classifier among `tensors` has, if there is one and it fits otherwise."""
-    wanted = model.state_dict()
-    sizes = {
-        len(tensors[key])
-        for key in (f"{name}.weight" for name in _classifier_names(model))
-        if key in tensors and key in wanted and tensors[key].shape[1:] == wanted[key].shape[1:]
-    }
-    if len(sizes) == 1 and sizes != {getattr(model, "num_classes", None)}:
-        model.reset_classifier(sizes.pop())
 
 
 def _embedded_vit(num_classes: int, **kwargs) -> VisionTransformer:
@@ -147,20 +129,17 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, new_head: bool = Fals
     `new_head`: a classifier of another number of classes, or none, is left out and the model's own stays.
     Raises `WeightsError` that lists what is missing, unexpected and of another shape; the model is then unchanged.
     """
-    path = _found(path)
-    if path.suffix == ".npz":
-        return _load_npz(model, path)
-    return _load(model, path, *_read(path), new_head)
+    return _load(model, path, head="new" if new_head else "strict")
 
 
-def _found(path: str | Path) -> Path:
+def _load(model: nn.Module, path: str | Path, head: str) -> dict:
+    """`load_checkpoint`; with `head="own"` the model gets as many classes as the file's classifier has."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise WeightsError(f"{path}: no such file of weights (cwd {Path.cwd().name}/)")
-    return path
-
-
-def _load(model: nn.Module, path: Path, tensors: dict[str, torch.Tensor], header: dict, new_head: bool) -> dict:
+    if path.suffix == ".npz":
+        return _load_npz(model, path)
+    tensors, header = _read(path)
     original = {key: tuple(value.shape) for key, value in tensors.items()}
     filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     cannot = ""
@@ -169,15 +148,18 @@ def _load(model: nn.Module, path: Path, tensors: dict[str, torch.Tensor], header
             tensors = filter_fn(dict(tensors), model)
         except (RuntimeError, ValueError, AssertionError, AttributeError, KeyError, TypeError) as error:
             cannot = f"{path}: timm cannot convert it for {type(model).__name__}: {' '.join(str(error).split())}"
+    if head == "own":
+        _as_many_classes(model, tensors)
     wanted = model.state_dict()
-    head = set()
-    if new_head:
-        head = surgery.head_parameters(model) | {k for k in tensors if k.split(".")[0] in _classifier_names(model)}
-        for key in head:
+    own = set()
+    if head == "new":
+        parts = {name.split(".")[0] for name in _classifiers(model)}
+        own = surgery.head_parameters(model) | {k for k in tensors if k.split(".")[0] in parts}
+        for key in own:
             if key not in wanted or key not in tensors or tensors[key].shape != wanted[key].shape:
                 tensors.pop(key, None)
-        if not head <= tensors.keys():
-            tensors |= {key: wanted[key] for key in head if key in wanted}
+        if not own <= tensors.keys():
+            tensors |= {key: wanted[key] for key in own if key in wanted}
     if problems := _differences(tensors, wanted):
         raise WeightsError(f"{path}: does not fit the model: {'; '.join(problems)}{_sizes(original, wanted)}")
     if cannot:
@@ -186,7 +168,7 @@ def _load(model: nn.Module, path: Path, tensors: dict[str, torch.Tensor], header
     resampled = [
         f"{key} {original[key]} -> {tuple(value.shape)}"
         for key, value in tensors.items()
-        if key not in head and key in original and original[key] != tuple(value.shape)
+        if key not in own and key in original and original[key] != tuple(value.shape)
     ]
     return header | ({"resampled": resampled} if resampled else {})
 
@@ -241,10 +223,22 @@ def _load_npz(model: nn.Module, path: Path) -> dict:
     return {}
 
 
-def _classifier_names(model: nn.Module) -> set[str]:
-    """First part of the classifier's names, also of a classifier that the model was made without."""
+def _classifiers(model: nn.Module) -> list[str]:
+    """Names of the classifier's layers, also of a classifier that the model was made without."""
     named = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or "head"
-    return {n.split(".")[0] for n in ([named] if isinstance(named, str) else named)}
+    return [named] if isinstance(named, str) else list(named)
+
+
+def _as_many_classes(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Give the model as many classes as the classifier among `tensors` has, where there is one that fits otherwise."""
+    wanted, has = model.state_dict(), getattr(model, "num_classes", None)
+    sizes = {
+        len(tensors[key])
+        for key in (f"{name}.weight" for name in _classifiers(model))
+        if key in tensors and (tensors[key].shape[1:] == wanted[key].shape[1:] if key in wanted else has == 0)
+    }
+    if len(sizes) == 1 and sizes != {has}:
+        model.reset_classifier(sizes.pop())
 
 
 def _differences(tensors: dict, wanted: dict) -> list[str]:

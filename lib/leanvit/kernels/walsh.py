@@ -175,7 +175,7 @@ def _places(h: int, w: int, prefix: int, bases: tuple[int, ...], order: int, ref
     return token, cell
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=32)  # their size grows with the batch
 def _to_cells(
     images: int, h: int, w: int, prefix: int, bases: tuple[int, ...], order: int, reflect: bool, device: torch.device
 ) -> tuple[Tensor, Tensor]:
@@ -188,7 +188,7 @@ def _to_cells(
     return tokens.flatten().int().to(device), begins.flatten().int().to(device)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=32)  # their size grows with the batch
 def _from_cells(
     images: int, h: int, w: int, prefix: int, bases: tuple[int, ...], order: int, reflect: bool, device: torch.device
 ) -> tuple[Tensor, Tensor | None]:
@@ -208,10 +208,11 @@ def _from_cells(
 
 def _project_cells(x: Tensor, h: int, w: int, prefix: int, bases: list[int], order: int, reflect: bool) -> Tensor:
     images, _, channels = x.shape
+    wide = torch.promote_types(x.dtype, torch.float32)  # a sum in half precision would be rounded, or overflow
     tokens, begins = _to_cells(images, h, w, prefix, tuple(bases), order, reflect, x.device)
-    small = _small(tuple(bases), order, False, x.dtype, x.device)
-    cells = F.embedding_bag(tokens, x.reshape(-1, channels), begins, mode="sum")
-    z = torch.matmul(small, cells.view(-1, small.shape[1], channels)).view(images, -1, channels)
+    small = _small(tuple(bases), order, False, wide, x.device)
+    cells = F.embedding_bag(tokens, x.reshape(-1, channels).to(wide), begins, mode="sum")
+    z = torch.matmul(small, cells.view(-1, small.shape[1], channels)).to(x.dtype).view(images, -1, channels)
     return torch.cat([x[:, :prefix], z], dim=1) if prefix else z
 
 
@@ -304,12 +305,14 @@ def _pays(x: Tensor, h: int, w: int, bases: list[int], order: int) -> bool:
 
 def _project_torch(x: Tensor, h: int, w: int, prefix: int, bases: list[int], order: int, reflect: bool) -> Tensor:
     way = _project_cells if _pays(x, h, w, bases, order) else _project_bands
-    return way(x, h, w, prefix, bases, order, reflect)
+    with torch.autocast(x.device.type, enabled=False):  # the ops keep their dtype
+        return way(x, h, w, prefix, bases, order, reflect)
 
 
 def _expand_torch(z: Tensor, h: int, w: int, prefix: int, bases: list[int], order: int, reflect: bool) -> Tensor:
     way = _expand_cells if _pays(z, h, w, bases, order) else _expand_bands
-    return way(z, h, w, prefix, bases, order, reflect)
+    with torch.autocast(z.device.type, enabled=False):  # the ops keep their dtype
+        return way(z, h, w, prefix, bases, order, reflect)
 
 
 # --- the ops ---------------------------------------------------------------------------------------------------------
