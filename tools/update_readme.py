@@ -17,7 +17,12 @@ BEGIN = "<!-- results: written by tools/update_readme.py, do not edit -->"
 END = "<!-- end of results -->"
 
 
-MEASURED = sorted((ROOT / "docs" / "measured").glob("7_speed.*.json"))
+def elsewhere() -> list[list[dict]]:
+    """Runs of 7_speed on other machines, docs/measured/7_speed.<machine>[.<run>].json, machine by machine."""
+    found: dict[str, list[dict]] = {}
+    for file in sorted((ROOT / "docs" / "measured").glob("7_speed.*.json")):
+        found.setdefault(file.name.split(".")[1], []).append(json.loads(file.read_text(encoding="utf-8")))
+    return list(found.values())
 
 
 def result(name: str) -> dict:
@@ -51,16 +56,17 @@ def comparison(lbp: dict) -> list[str]:
     return rows([head, *body])
 
 
-def speed(runs: list[dict], elsewhere: list[dict]) -> list[str]:
+def speed(runs: list[dict], others: list[list[dict]]) -> list[str]:
     """Goal and measurement of every speed and memory claim that was measured; on the right other machines."""
     signs = {"at_least": "≥", "at_most": "≤"}
     goals = {c.id: c for c in claims.load(ROOT / "params" / "7_speed" / "claims.yaml")}
-    cpus = [run["hardware"]["cpu"].replace("(R)", "") for run in (runs[0], *elsewhere)]
+    cpus = [machine[0]["hardware"]["cpu"].replace("(R)", "") for machine in (runs, *others)]
+    theirs = [{v["id"]: v["ours"] for v in merged(machine)} for machine in others]
     body = []
     for v in merged(runs):
         if v["ours"] is None:
             continue
-        other = [next((o["ours"] for o in run["verdicts"] if o["id"] == v["id"]), None) for run in elsewhere]
+        other = [values.get(v["id"]) for values in theirs]
         line = [v["claim"], f"{signs.get(goals[v['id']].compare, '')} {v['value']:g}", f"{v['ours']:.3f}", v["verdict"]]
         body.append(line + ["" if o is None else f"{o:.3f}" for o in other])
     return rows([["what (ratios, two cores, fp32)", "goal", cpus[0], "verdict", *cpus[1:]], *body])
@@ -152,7 +158,7 @@ def text() -> str:
     backbone, lbp, clock = (result(name) for name in ("0_backbone", "1_lbp_wht", "7_speed"))
     kad, blocks = (result(name) for name in ("3_kadaptation", "4_block_expansion"))
     comcat, uvc, side = (result(name) for name in ("2_comcat", "5_uvc", "6_side_by_side"))
-    clocks, elsewhere = [clock, result("7_speed.cut")], [json.loads(f.read_text("utf-8")) for f in MEASURED]
+    clocks = [clock, result("7_speed.cut")]
     goals = claims.counts(merged(clocks))
     seeds, images = len(lbp["seeds"]), lbp["parameters"]["train_images"]
     lines = [
@@ -191,9 +197,9 @@ def text() -> str:
         "",
         "**Speed and memory** ([notebook](outputs/embedded/7_speed.ipynb)): ratios, measured interleaved in one "
         f"process on {clock['hardware']['cores']} cores of the processor named, a shared machine; on the right "
-        "an earlier run on another processor ([docs/measured](docs/measured), with its commit).",
+        "an earlier run on another processor, by an earlier library ([docs/measured](docs/measured), with its commit).",
         "",
-        *speed(clocks, elsewhere),
+        *speed(clocks, elsewhere()),
         "",
         "**The ledger** puts every published number that could be found beside ours. What is not run needs weights and "
         "data sets that are not here. A trend holds here only where each difference it names is larger than its spread "
