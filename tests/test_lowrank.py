@@ -219,3 +219,86 @@ def test_factors_differentiate():
     shapes = ((4, 4, 2), (4, 4, 2), (4, 3, 2), (4, 5, 2))
     s, t, u, v = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
     assert torch.autograd.gradcheck(lowrank.factors, (s, t, u, v))
+
+
+def frozen_layer(out=15, width=6, dtype=torch.float64, bias=True):
+    layer = torch.nn.Linear(width, out, bias=bias, dtype=dtype)
+    with torch.no_grad():
+        for seed, parameter in enumerate(layer.parameters()):
+            parameter.copy_(numbers(*parameter.shape, dtype=dtype, seed=20 + seed))
+    return layer.requires_grad_(False)
+
+
+def learning(*arguments):
+    return [a.clone().requires_grad_() for a in arguments]
+
+
+@pytest.mark.parametrize("tokens", [(2, 5), (7,), ()])
+@pytest.mark.parametrize("bias, own", [(True, True), (False, True), (True, False)])
+def test_a_frozen_layer_and_what_is_added_are_the_two_apart(tokens, bias, own):
+    layer, (_, x, factors, biases, first) = frozen_layer(bias=own), problem(tokens=tokens, bias=bias)
+    found = []
+    for run in (lowrank.linear, lambda layer, x, *rest: lowrank.add_ref(layer(x), x, *rest)):
+        flat = learning(x, *(t for pair in factors for t in pair), *(biases or []))
+        pairs = [(flat[1], flat[2]), (flat[3], flat[4])]
+        y = run(layer, flat[0], pairs, flat[5:] or None, first)
+        found.append((y, *torch.autograd.grad(y, flat, numbers(*y.shape, seed=40))))
+    for ours, true in zip(*found, strict=True):
+        torch.testing.assert_close(ours, true, rtol=1e-10, atol=1e-11)
+    others = [0, 5, 6, 7, 8, 14]
+    assert torch.equal(found[0][0][..., others].view(torch.int64), layer(x)[..., others].view(torch.int64))
+
+
+def test_a_large_frozen_layer_in_float32():
+    layer, x = frozen_layer(1152, 384, torch.float32), numbers(2, 197, 384, dtype=torch.float32, seed=1)
+    pairs = [[numbers(384, 32, dtype=torch.float32, seed=s) for s in (2 * i, 2 * i + 1)] for i in (1, 2)]
+    found = []
+    for kind, run in ((torch.float32, lowrank.linear), (torch.float64, None)):
+        flat = learning(*(t.to(kind) for t in (x, *pairs[0], *pairs[1])))
+        arguments = flat[0], [(flat[1], flat[2]), (flat[3], flat[4])], None, [0, 768]
+        y = run(layer, *arguments) if run else lowrank.add_ref(layer.to(kind)(flat[0]), *arguments)
+        found.append((y, *torch.autograd.grad(y, flat, numbers(*y.shape, dtype=kind, seed=9))))
+    for ours, true in zip(*found, strict=True):
+        assert (ours - true).norm() <= 2e-6 * true.norm()
+
+
+def test_layers_that_are_more_than_their_weight_are_called_as_modules():
+    _, x, factors, biases, first = problem()
+    called = []
+
+    class Own(torch.nn.Linear):
+        def forward(self, x):
+            called.append("subclass")
+            return super().forward(x)
+
+    hooked, replaced = frozen_layer(), frozen_layer()
+    hooked.register_forward_hook(lambda *_: called.append("hook"))
+    replaced.forward = lambda x: (called.append("forward"), torch.nn.Linear.forward(replaced, x))[1]
+    learns = frozen_layer().requires_grad_()
+    own = Own(6, 15, dtype=torch.float64).requires_grad_(False)
+    for layer in (own, hooked, replaced, learns):
+        with torch.no_grad():
+            plain = torch.nn.functional.linear(x, layer.weight, layer.bias)
+        y = lowrank.linear(layer, x, factors, biases, first)
+        torch.testing.assert_close(y, lowrank.add_ref(plain, x, factors, biases, first))
+    assert called == ["subclass", "hook", "forward"]
+    y.sum().backward()
+    assert learns.weight.grad is not None
+
+
+def test_a_frozen_layer_under_autocast_adds_in_the_dtype_of_its_output():
+    layer, (_, x, factors, biases, first) = frozen_layer(dtype=torch.float32), problem(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = lowrank.linear(layer, x, factors, biases, first)
+        assert y.dtype == layer(x).dtype == torch.bfloat16
+
+
+def test_flops_of_a_frozen_layer_are_those_of_its_products():
+    layer, (_, x, factors, biases, first) = frozen_layer(), problem()
+    flat = learning(x, *(t for pair in factors for t in pair))
+    with FlopCounterMode(display=False) as counter:
+        y = lowrank.linear(layer, flat[0], [(flat[1], flat[2]), (flat[3], flat[4])], biases, first)
+        thin = 2 * 10 * 6 * 5 + 2 * 10 * (4 * 3 + 5 * 2)  # x P of rank 3 + 2, then 4 and 5 rows
+        assert counter.get_total_flops() == 2 * 10 * 6 * 15 + thin
+        y.sum().backward()
+    assert counter.get_total_flops() == 2 * (2 * 10 * 6 * 15) + 3 * thin

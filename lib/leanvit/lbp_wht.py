@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from leanvit import surgery
-from leanvit.kernels import walsh
+from leanvit.kernels import products, walsh
 from leanvit.sites import Site, find_sites, join_qkv_bias, last_stage, separate_qkv_bias
 from leanvit.surgery import Match, Report
 
@@ -176,14 +176,14 @@ def _gradients(ctx, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | N
     g_x = g_w = g_b = g_hat = None
     if need_x:
         g_hat = _project(g, s.bases, s, grid)
-        g_x = (g_hat.flatten(0, 1) @ weight.to(g.dtype)).unflatten(0, g_hat.shape[:2])
+        g_x = products.through(g_hat.flatten(0, 1), weight.to(g.dtype)).unflatten(0, g_hat.shape[:2])
         if s.bases is not None:
             g_x = walsh.expand(g_x, *grid, s.prefix, _flat(s.bases), s.order)
         g_x = g_x.to(ctx.dtypes[0])
     if need_w:
         if g_hat is None or s.bases != s.weight_bases:
             g_hat = _project(g, s.weight_bases, s, grid)
-        g_w = (g_hat.flatten(0, 1).T @ x_hat.flatten(0, 1)).to(ctx.dtypes[1])
+        g_w = products.outer(g_hat.flatten(0, 1), x_hat.flatten(0, 1)).to(ctx.dtypes[1])
     if need_b:
         g_b = _bias_gradient(g, g_hat, s.weight_bases if need_w else s.bases, s, grid).to(ctx.dtypes[1])
     return g_x, g_w, g_b

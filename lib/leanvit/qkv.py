@@ -101,8 +101,8 @@ def choose(model: nn.Module, method: str, match: Match | None) -> tuple[list[Row
 class Shifted(nn.Module):
     """`base(x)` with deltas added to some of its output rows; the other rows are the base's, bit for bit.
 
-    `deltas` maps a role ("q", "v") to (first row, delta). The base is called as a module, so a layer with a backward
-    of its own (LBP-WHT) stays what it is.
+    `deltas` maps a role ("q", "v") to (first row, delta). A base that is not a plain frozen `nn.Linear` is called as a
+    module, so a layer with a backward of its own (LBP-WHT) stays what it is.
     """
 
     def __init__(self, base: nn.Module, deltas: Mapping[str, tuple[int, nn.Module]]):
@@ -114,12 +114,12 @@ class Shifted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., inputs) -> (..., outputs)`: the base's output, with the deltas added to their rows."""
-        y = self.base(x)
         deltas = [getattr(self, role) for role in self.first]
         factors = [delta.factors() if hasattr(delta, "factors") else None for delta in deltas]
         if all(pair is not None for pair in factors):
             bias = [b for b in (delta.bias() for delta in deltas) if b is not None]
-            return lowrank.add(y, x, factors, bias, list(self.first.values()), into=True)
+            return lowrank.linear(self.base, x, factors, bias, list(self.first.values()))
+        y = self.base(x)
         for first, delta in zip(self.first.values(), deltas, strict=True):
             shift = delta(x)
             y[..., first : first + shift.shape[-1]] += shift

@@ -15,9 +15,12 @@ kernel has been measured that beats them.
 """
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
+
+from leanvit.kernels import products
 
 # --- the op ----------------------------------------------------------------------------------------------------------
 
@@ -51,13 +54,18 @@ def _check(y: Tensor, x: Tensor, p: Tensor, q: list[Tensor], bias: list[Tensor],
         raise ValueError(f"lowrank_add: biases of {[tuple(b.shape) for b in bias]} do not fit the rows of q")
 
 
+def _add_product(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """`y += a b`, in place; torch's FLOP counter knows `addmm` with `out`, not `addmm_`."""
+    return torch.addmm(y, a, b, out=y)
+
+
 def _accumulate(y: Tensor, x: Tensor, p: Tensor, q: list[Tensor], bias: list[Tensor], first: list[int]) -> Tensor:
     """Add to the rows of a contiguous `y` in place, and return `z = x P`."""
-    z = x.reshape(-1, x.shape[-1]) @ p
+    z = products.through(x.reshape(-1, x.shape[-1]), p)
     flat, column = y.view(-1, y.shape[-1]), 0
     for i, (start, weight) in enumerate(zip(first, q, strict=True)):
         rows = flat[:, start : start + weight.shape[0]]
-        rows.addmm_(z[:, column : column + weight.shape[1]], weight.T)
+        _add_product(rows, z[:, column : column + weight.shape[1]], weight.T)
         if bias:
             rows.add_(bias[i])
         column += weight.shape[1]
@@ -84,21 +92,38 @@ def _setup(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx, g: Tensor | None, g_z: Tensor | None, x: Tensor, p: Tensor, z: Tensor, q: list[Tensor], needed):
-    """`(g_x, g_p, [g_q], [g_bias])`; `needed`: which of x, p, any q, any bias ask for one."""
+def _gradients(
+    ctx,
+    g: Tensor | None,
+    g_z: Tensor | None,
+    x: Tensor,
+    p: Tensor,
+    z: Tensor,
+    q: list[Tensor],
+    needed: tuple[bool, bool, bool, bool],
+    weight: Tensor | None = None,
+):
+    """`(g_x, g_p, [g_q], [g_bias])`; `needed`: which of x, p, any q, any bias ask for one.
+
+    With the base layer's `weight`, `g_x` comes through that layer, too.
+    """
     flat_x = x.reshape(-1, x.shape[-1])
     g_q, g_bias = [None] * len(q), [None] * ctx.biases
     if g is not None:
         flat = g.reshape(-1, g.shape[-1])
-        parts = [flat[:, start : start + weight.shape[0]] for start, weight in zip(ctx.first, q, strict=True)]
-        through = torch.cat([part @ weight for part, weight in zip(parts, q, strict=True)], dim=1)
+        parts = [flat[:, start : start + rows.shape[0]] for start, rows in zip(ctx.first, q, strict=True)]
+        through = torch.cat([part @ rows for part, rows in zip(parts, q, strict=True)], dim=1)
         g_z = through if g_z is None else g_z + through
         if needed[2]:
-            pieces = z.split([weight.shape[1] for weight in q], dim=1)
+            pieces = z.split([rows.shape[1] for rows in q], dim=1)
             g_q = [part.T @ piece for part, piece in zip(parts, pieces, strict=True)]
         if needed[3]:
             g_bias = [part.sum(0) for part in parts][: ctx.biases]
-    g_x = (g_z @ p.T).view(x.shape) if needed[0] and g_z is not None else None
+    g_x = None
+    if needed[0] and weight is not None:
+        g_x = _add_product(products.through(flat, weight), g_z, p.T).view(x.shape)
+    elif needed[0] and g_z is not None:
+        g_x = (g_z @ p.T).view(x.shape)
     g_p = flat_x.T @ g_z if needed[1] and g_z is not None else None
     return g_x, g_p, g_q, g_bias
 
@@ -135,6 +160,28 @@ class _AddInto(torch.autograd.Function):
         return g if need_y else None, g_x, g_p, None, None, *g_q, *g_bias
 
 
+class _FrozenLinear(torch.autograd.Function):
+    """A frozen linear layer and the op on its output as one: its input gradient is one product and one in place."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, own: Tensor | None, p: Tensor, first: list[int], count: int, *rest):
+        q, bias = list(rest[:count]), list(rest[count:])
+        y = F.linear(x, weight, own)
+        _check(y, x, p, q, bias, first)
+        ctx.save_for_backward(x, weight, p, _accumulate(y, x, p, q, bias, first), *q)
+        ctx.first, ctx.biases = first, len(bias)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor):
+        x, weight, p, z, *q = ctx.saved_tensors
+        need_x, _, _, need_p, _, _, *need = ctx.needs_input_grad
+        needed = (need_x, need_p, any(need[: len(q)]), any(need[len(q) :]))
+        g_x, g_p, g_q, g_bias = _gradients(ctx, g, None, x, p, z, q, needed, weight)
+        return g_x, None, None, g_p, None, None, *g_q, *g_bias
+
+
 @register_flop_formula(torch.ops.leanvit.lowrank_add)
 def _flops(y_shape, x_shape, p_shape, q_shapes, bias_shapes, first, *, out_shape=None, **kwargs) -> int:
     tokens = 1
@@ -167,12 +214,39 @@ def add(
         ValueError: shapes or ranges that do not fit. TypeError: not a floating-point `y`.
     """
     kind = y.dtype
-    p = factors[0][0] if len(factors) == 1 else torch.cat([p for p, _ in factors], dim=1)
-    q, b = [q.to(kind) for _, q in factors], [b.to(kind) for b in bias or []]
+    p, q, b = _operands(factors, bias, kind)
     into = into and not torch.compiler.is_compiling()
     if into and y.is_contiguous() and not y._is_view() and not (y.is_leaf and y.requires_grad):
-        return _AddInto.apply(y, x.to(kind), p.to(kind), first, len(q), *q, *b)
-    return torch.ops.leanvit.lowrank_add(y, x.to(kind), p.to(kind), q, b, first)[0]
+        return _AddInto.apply(y, x.to(kind), p, first, len(q), *q, *b)
+    return torch.ops.leanvit.lowrank_add(y, x.to(kind), p, q, b, first)[0]
+
+
+def _operands(factors: list[tuple[Tensor, Tensor]], bias: list[Tensor] | None, kind: torch.dtype):
+    p = factors[0][0] if len(factors) == 1 else torch.cat([p for p, _ in factors], dim=1)
+    return p.to(kind), [q.to(kind) for _, q in factors], [b.to(kind) for b in bias or []]
+
+
+def linear(
+    layer: nn.Module, x: Tensor, factors: list[tuple[Tensor, Tensor]], bias: list[Tensor] | None, first: list[int]
+) -> Tensor:
+    """`add(layer(x), x, factors, bias, first)`, with the other rows those of `layer(x)`, bit for bit.
+
+    A plain `nn.Linear` without hooks whose parameters are frozen runs as one with what is added, in eager mode and
+    outside autocast; any other layer is called as a module. Differentiable once.
+
+    Args:
+        layer: `(..., in) -> (..., out)`. x: `(..., in)`. factors, bias, first: as in `add`.
+
+    Raises:
+        ValueError: shapes or ranges that do not fit. TypeError: a layer whose output is not floating-point.
+    """
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    plain = type(layer) is nn.Linear and not any(hooks) and "forward" not in vars(layer)  # accelerate may set one
+    frozen = plain and x.dtype == layer.weight.dtype and not any(p.requires_grad for p in layer.parameters())
+    if frozen and not (torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)):
+        p, q, b = _operands(factors, bias, x.dtype)
+        return _FrozenLinear.apply(x, layer.weight, layer.bias, p, first, len(q), *q, *b)
+    return add(layer(x), x, factors, bias, first, into=True)
 
 
 def add_ref(y: Tensor, x: Tensor, factors: list[tuple[Tensor, Tensor]], bias: list[Tensor] | None, first: list[int]):

@@ -22,6 +22,7 @@ On CUDA tensors the source `walsh.cu` is compiled for the given set of bases (`k
 import functools
 import math
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -96,7 +97,7 @@ def _check(x: Tensor, tokens: int, h: int, w: int, prefix: int, bases: list[int]
             f"expected (B, {tokens}, C) for a {h}x{w} grid with {prefix} prefix token(s) at order {order}, "
             f"got {tuple(x.shape)}"
         )
-    if not bases or len(bases) % 2 or not all(0 <= b < order for b in bases):
+    if not bases or len(bases) % 2 or min(bases) < 0 or max(bases) >= order:
         raise ValueError(f"bases must be pairs of sequencies in 0..{order - 1}, got {bases}")
     for size in (h, w):
         _sources(size, order, reflect)  # raises where an axis is too short to be mirrored
@@ -303,15 +304,21 @@ def _pays(x: Tensor, h: int, w: int, bases: list[int], order: int) -> bool:
     return x.numel() > 0 and tokens >= (4 if x.is_contiguous() else 16) * _cells(tuple(bases), order)[1].shape[1]
 
 
+def _own_dtype(x: Tensor) -> AbstractContextManager:
+    """The ops keep their dtype under autocast; entering `torch.autocast` for nothing would cost a third of a call."""
+    on = torch.is_autocast_enabled(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if on else nullcontext()
+
+
 def _project_torch(x: Tensor, h: int, w: int, prefix: int, bases: list[int], order: int, reflect: bool) -> Tensor:
     way = _project_cells if _pays(x, h, w, bases, order) else _project_bands
-    with torch.autocast(x.device.type, enabled=False):  # the ops keep their dtype
+    with _own_dtype(x):
         return way(x, h, w, prefix, bases, order, reflect)
 
 
 def _expand_torch(z: Tensor, h: int, w: int, prefix: int, bases: list[int], order: int, reflect: bool) -> Tensor:
     way = _expand_cells if _pays(z, h, w, bases, order) else _expand_bands
-    with torch.autocast(z.device.type, enabled=False):  # the ops keep their dtype
+    with _own_dtype(z):
         return way(z, h, w, prefix, bases, order, reflect)
 
 
