@@ -434,9 +434,6 @@ def test_environment_of_a_run(repository, monkeypatch):
     environment = pool._environment(job, 2)
     assert "MPLBACKEND" not in environment  # the kernel's inline backend draws into the notebook
     assert (environment["OMP_NUM_THREADS"], environment["TQDM_DISABLE"]) == ("2", "1")
-    assert environment["MALLOC_TRIM_THRESHOLD_"] == str(16 * 2**30)  # freed memory is kept for the next step
-    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
-    assert pool._environment(job, 2)["MALLOC_TRIM_THRESHOLD_"] == "131072"
 
 
 def test_a_notebook_that_measures_time_runs_alone(repository):

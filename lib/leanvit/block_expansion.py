@@ -27,7 +27,6 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -36,7 +35,7 @@ from torch import Tensor, nn
 from leanvit import state, surgery
 from leanvit.evaluate import modes_restored
 from leanvit.sites import blank_images
-from leanvit.surgery import Report
+from leanvit.surgery import Report, is_whole
 
 # the layers that write into the residual stream, by their full name within a timm block: pre-norm blocks (in parallel
 # ones the layers stand in attns and ffns; factored by ComCAT the second factor writes), ParallelScalingBlock
@@ -47,16 +46,12 @@ ATTACHED = "block_expansion"  # attribute of an expanded model
 # --- positions and counts --------------------------------------------------------------------------------------------
 
 
-def _whole(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)  # numpy's too
-
-
 def group_tops(depth: int, p: int) -> list[int]:
     """Source blocks of `p` new ones: the last block of each group of `depth / p`, from 0 (specification 1.1).
 
     Raises `ValueError` unless `p` divides `depth`.
     """
-    if not _whole(p) or p < 1 or depth % p:
+    if not is_whole(p) or depth % p:
         divisors = ", ".join(str(d) for d in range(1, depth + 1) if depth % d == 0)
         raise ValueError(
             f"p={p!r} does not divide the depth {depth}; p can be {divisors}, or name the source blocks with positions="
@@ -77,7 +72,7 @@ def _sources(depth: int, p: int | None, positions: Iterable[int] | None) -> list
     if not isinstance(positions, Iterable):
         raise ValueError(f"positions={positions!r} must be a list of block numbers")
     sources = list(positions)
-    wrong = [i for i in sources if not _whole(i) or not 0 <= i < depth]
+    wrong = [i for i in sources if not is_whole(i, 0) or i >= depth]
     if wrong or not sources:
         raise ValueError(
             f"positions={sources}: {f'{wrong[0]!r} is no block' if wrong else 'name at least one'} of 0..{depth - 1}"
@@ -484,10 +479,10 @@ def save(model: nn.Module, path: str | Path) -> Path:
 
 # what a file's header must hold, so that a damaged one ends in a sentence
 _HEADER = {
-    "positions": lambda value: isinstance(value, list) and all(map(_whole, value)),
-    "depth": _whole,
-    "width": _whole,
-    "num_classes": lambda value: value is None or _whole(value),
+    "positions": lambda value: isinstance(value, list) and all(is_whole(i, 0) for i in value),
+    "depth": is_whole,
+    "width": is_whole,
+    "num_classes": lambda value: value is None or is_whole(value, 0),
     "base": lambda value: isinstance(value, str),
 }
 

@@ -20,7 +20,6 @@ import socket
 import urllib.error
 from collections import Counter
 from collections.abc import Callable, Iterator
-from numbers import Integral
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -30,6 +29,7 @@ import torch.nn.functional as F
 import torchvision.datasets as tv
 
 from leanvit.images import DataError, ImageSet, balanced, collate, few_shot, open_image, sha256, subset
+from leanvit.surgery import is_whole
 
 __all__ = ["NAMES", "DataError", "ImageSet", "collate", "few_shot", "load", "open_image", "subset"]
 
@@ -113,7 +113,7 @@ def load(
         raise DataError(f"unknown data set {name!r}: {hint}known are {', '.join(NAMES)}")
     if split not in ("train", "test"):
         raise DataError(f"unknown split {split!r} of {name}: train or test")
-    if limit is not None and (not isinstance(limit, Integral) or isinstance(limit, bool) or limit < 1):
+    if limit is not None and not is_whole(limit):
         raise DataError(f"limit={limit!r} of {name}: a whole number of at least 1 image, or None for all")
     if key in EMBEDDED:
         found = _embedded(key, split)

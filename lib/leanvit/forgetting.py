@@ -11,7 +11,6 @@ with the adapter switched off, where that is possible; it is then the old one ex
 
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
-from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from leanvit.evaluate import predict
+from leanvit.surgery import is_whole
 
 NEIGHBOURS = (10, 20, 100, 200)
 
@@ -85,7 +85,7 @@ def _check_knn(bank: Tensor, bank_labels: Tensor, queries: Tensor, k: Collection
     if len(bank_labels) and int(bank_labels.min()) < 0:
         raise ValueError(f"knn: label {int(bank_labels.min())} is negative")
     several = isinstance(k, Collection) and len(k) > 0
-    if not several or any(isinstance(n, bool) or not isinstance(n, Integral) or n < 1 for n in k):
+    if not several or not all(map(is_whole, k)):
         raise ValueError(
             f"knn: k={tuple(k) if isinstance(k, Collection) else k} must be whole numbers of at least 1, e.g. [10, 20]"
         )

@@ -8,7 +8,6 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, default_collate
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+
+from leanvit.surgery import is_whole
 
 SHORT_SIDE_KEPT = 2048  # pixels of the shorter side: larger photographs are reduced while they are read
 # what Pillow's decoders raise on damaged files
@@ -166,7 +167,7 @@ def few_shot(dataset: ImageSet, shots: int, seed: int) -> ImageSet:
     >>> data.few_shot(data.load("digits", "train"), shots=5, seed=0)
     ImageSet('digits', 50 images, 10 classes)
     """
-    if not isinstance(shots, Integral) or isinstance(shots, bool) or shots < 1:
+    if not is_whole(shots):
         raise DataError(f"{shots!r} shots of {dataset.name}: it must be a whole number of at least 1")
     owned = classes_of(dataset)
     available = Counter(label for labels in owned for label in labels)

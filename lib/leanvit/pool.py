@@ -139,11 +139,6 @@ class Local:
         self.process.wait()
 
 
-# glibc keeps freed memory for the next step; else it goes back to the system and comes again page by page, which took 3
-# to 8 % of a large model's training step. Other C libraries do not read these; who sets them oneself is obeyed.
-_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
-
-
 def _environment(job: Job, threads: int) -> dict[str, str]:
     ours = {
         "LEANVIT_RESULT": job.result.as_posix(),
@@ -157,7 +152,7 @@ def _environment(job: Job, threads: int) -> dict[str, str]:
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
     }
     # without MPLBACKEND the kernel's inline backend draws into the notebook
-    return _MALLOC | {name: value for name, value in os.environ.items() if name != "MPLBACKEND"} | ours
+    return {name: value for name, value in os.environ.items() if name != "MPLBACKEND"} | ours
 
 
 @dataclass

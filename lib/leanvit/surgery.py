@@ -7,6 +7,7 @@ replaced one by one in their parent; no block's class is swapped and no forward 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -143,6 +144,11 @@ def need_head(model: nn.Module, method: str) -> set[str]:
     if not head:
         raise ValueError(f"{method}: {type(model).__name__} has no classifier head (was it made with num_classes=0?)")
     return head
+
+
+def is_whole(value: object, least: int = 1) -> bool:
+    """Whether it is a whole number of at least `least`, numpy's too; a bool is none."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
 
 
 def check_whole(method: str, least: int = 1, /, **values: object) -> None:
