@@ -1,10 +1,11 @@
-"""The op `lowrank.add` and sums of Kronecker products: values, gradients, dtypes, strides, opcheck, compile, FLOPs."""
+"""The op `lowrank.add` and sums of Kronecker products: values, gradients, dtypes, strides, opcheck, compile, FLOPs;
+`lowrank.linear`, which runs a frozen layer as one with what is added."""
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from leanvit.kernels import lowrank
+from leanvit.kernels import lowrank, products
 
 
 def numbers(*shape, dtype=torch.float64, seed=0):
@@ -249,7 +250,9 @@ def test_a_frozen_layer_and_what_is_added_are_the_two_apart(tokens, bias, own):
     assert torch.equal(found[0][0][..., others].view(torch.int64), layer(x)[..., others].view(torch.int64))
 
 
-def test_a_large_frozen_layer_in_float32():
+def test_a_large_frozen_layer_in_float32(monkeypatch):
+    taken, ask = [], products._product
+    monkeypatch.setattr(products, "_product", lambda a, b: (taken.append(a.shape), ask(a, b))[1])
     layer, x = frozen_layer(1152, 384, torch.float32), numbers(2, 197, 384, dtype=torch.float32, seed=1)
     pairs = [[numbers(384, 32, dtype=torch.float32, seed=s) for s in (2 * i, 2 * i + 1)] for i in (1, 2)]
     found = []
@@ -260,37 +263,149 @@ def test_a_large_frozen_layer_in_float32():
         found.append((y, *torch.autograd.grad(y, flat, numbers(*y.shape, dtype=kind, seed=9))))
     for ours, true in zip(*found, strict=True):
         assert (ours - true).norm() <= 2e-6 * true.norm()
+    assert taken == ([(394, 1152)] if products._ONEDNN is not None else [])
 
 
-def test_layers_that_are_more_than_their_weight_are_called_as_modules():
-    _, x, factors, biases, first = problem()
-    called = []
+def fused(y):
+    return type(y.grad_fn).__name__ == "_FrozenLinearBackward"
 
+
+def of_own_class(called):
     class Own(torch.nn.Linear):
         def forward(self, x):
-            called.append("subclass")
+            called.append("forward")
             return super().forward(x)
 
-    hooked, replaced = frozen_layer(), frozen_layer()
-    hooked.register_forward_hook(lambda *_: called.append("hook"))
-    replaced.forward = lambda x: (called.append("forward"), torch.nn.Linear.forward(replaced, x))[1]
-    learns = frozen_layer().requires_grad_()
-    own = Own(6, 15, dtype=torch.float64).requires_grad_(False)
-    for layer in (own, hooked, replaced, learns):
-        with torch.no_grad():
-            plain = torch.nn.functional.linear(x, layer.weight, layer.bias)
-        y = lowrank.linear(layer, x, factors, biases, first)
-        torch.testing.assert_close(y, lowrank.add_ref(plain, x, factors, biases, first))
-    assert called == ["subclass", "hook", "forward"]
+    return Own(6, 15, dtype=torch.float64).requires_grad_(False)
+
+
+def with_own_forward(called):
+    layer = frozen_layer()
+    layer.forward = lambda x: (called.append("forward"), torch.nn.Linear.forward(layer, x))[1]
+    return layer
+
+
+def hooked(register):
+    def made(called):
+        layer = frozen_layer()
+        getattr(layer, register)(lambda *_: called.append("hook"))
+        return layer
+
+    return made
+
+
+def compiled(called):
+    layer = frozen_layer()
+    layer.compile(backend=lambda graph, _: (called.append("compiled"), graph)[1])
+    return layer
+
+
+MORE = {
+    "class": of_own_class,
+    "forward": with_own_forward,
+    "forward hook": hooked("register_forward_hook"),
+    "forward pre-hook": hooked("register_forward_pre_hook"),
+    "backward hook": hooked("register_full_backward_hook"),
+    "backward pre-hook": hooked("register_full_backward_pre_hook"),
+    "compiled": compiled,
+}
+
+
+@pytest.mark.parametrize("kind", MORE)
+def test_layers_that_are_more_than_their_weight_are_called_as_modules(kind):
+    _, x, factors, biases, first = problem()
+    called = []
+    layer = MORE[kind](called)
+    plain = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    flat = learning(x, *(t for pair in factors for t in pair))
+    y = lowrank.linear(layer, flat[0], [(flat[1], flat[2]), (flat[3], flat[4])], biases, first)
+    torch.testing.assert_close(y, lowrank.add_ref(plain, x, factors, biases, first))
+    assert not fused(y)
     y.sum().backward()
-    assert learns.weight.grad is not None
+    assert called
+
+
+def test_global_hooks_see_the_layer():
+    layer, (_, x, factors, biases, first) = frozen_layer(), problem()
+    seen = []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        lowrank.linear(layer, x, factors, biases, first)
+    finally:
+        handle.remove()
+    assert seen == [layer]
+
+
+@pytest.mark.parametrize("learns", ["weight", "bias", "a computed weight"])
+def test_whatever_of_a_layer_learns_gets_its_gradient(learns):
+    layer, (_, x, factors, biases, first) = frozen_layer(), problem()
+    if learns == "a computed weight":
+        source = torch.ones((), dtype=torch.float64, requires_grad=True)
+        weight = layer.weight.detach() * source
+        del layer.weight
+        layer.weight = weight
+    else:
+        source = getattr(layer, learns).requires_grad_()
+    y = lowrank.linear(layer, x, factors, biases, first)
+    assert not fused(y)
+    y.square().sum().backward()
+    assert source.grad.abs().sum() > 0
+
+
+def test_a_frozen_layer_runs_as_one_and_its_output_may_be_changed_in_place():
+    layer, (_, x, factors, biases, first) = frozen_layer(), problem()
+    flat = learning(x, *(t for pair in factors for t in pair))
+    y = lowrank.linear(layer, flat[0], [(flat[1], flat[2]), (flat[3], flat[4])], biases, first)
+    assert fused(y)
+    y += 1
+    y.square().sum().backward()
+    assert all(t.grad.abs().sum() > 0 for t in flat)
+
+
+def test_the_weight_is_kept_only_for_an_input_that_learns():
+    _, x, factors, biases, first = problem()
+    kept = []
+    for learns in (False, True):
+        layer, p = frozen_layer(), factors[0][0].clone().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.data_ptr()), t)[1], lambda t: t):
+            own = x.clone().requires_grad_(learns)
+            y = lowrank.linear(layer, own, [(p, factors[0][1]), factors[1]], biases, first)
+        assert fused(y) and (layer.weight.data_ptr() in kept) == learns
+
+
+def test_a_frozen_layer_on_the_meta_device():
+    layer, (_, x, factors, biases, first) = frozen_layer().to("meta"), problem()
+    factors, biases = [(p.to("meta"), q.to("meta")) for p, q in factors], [b.to("meta") for b in biases]
+    assert lowrank.linear(layer, x.to("meta"), factors, biases, first).shape == (2, 5, 15)
+
+
+def test_batched_gradients_of_a_frozen_layer():
+    layer, (_, x, factors, biases, first) = frozen_layer(), problem()
+    own = x.clone().requires_grad_()
+    y = lowrank.linear(layer, own, factors, biases, first)
+    g = numbers(3, *y.shape, seed=50)
+    found = torch.autograd.grad(y, own, g, is_grads_batched=True, retain_graph=True)[0]
+    for one, ours in zip(g, found, strict=True):
+        torch.testing.assert_close(torch.autograd.grad(y, own, one, retain_graph=True)[0], ours)
 
 
 def test_a_frozen_layer_under_autocast_adds_in_the_dtype_of_its_output():
     layer, (_, x, factors, biases, first) = frozen_layer(dtype=torch.float32), problem(torch.float32)
+    own = x.clone().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        y = lowrank.linear(layer, x, factors, biases, first)
-        assert y.dtype == layer(x).dtype == torch.bfloat16
+        y = lowrank.linear(layer, own, factors, biases, first)
+        assert y.dtype == layer(x).dtype == torch.bfloat16 and not fused(y)
+
+
+def test_the_backward_of_a_frozen_layer_keeps_its_dtype_under_autocast():
+    layer, (_, x, factors, biases, first) = frozen_layer(dtype=torch.float32), problem(torch.float32)
+    gradients = []
+    for on in (False, True):
+        flat = learning(x, *(t for pair in factors for t in pair))
+        y = lowrank.linear(layer, flat[0], [(flat[1], flat[2]), (flat[3], flat[4])], biases, first)
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            gradients.append(torch.autograd.grad(y, flat, torch.ones_like(y)))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_flops_of_a_frozen_layer_are_those_of_its_products():

@@ -21,7 +21,10 @@ def taken(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("rows, out, wide", [(164, 768, 3072), (333, 777, 555), (52, 2304, 768), (1, 5000, 4000)])
+SIZES = [(164, 768, 3072), (333, 777, 555), (52, 2304, 768), (1, 5000, 4000), (256, 256, 384)]
+
+
+@pytest.mark.parametrize("rows, out, wide", SIZES)
 def test_large_products_are_exact_to_float32(rows, out, wide, taken):
     g, weight, x = numbers(rows, out), numbers(out, wide, seed=1), numbers(rows, wide, seed=2)
     for ours, plain, true in (
@@ -32,7 +35,7 @@ def test_large_products_are_exact_to_float32(rows, out, wide, taken):
         # the two libraries add in another order: each error grows with the root of the length of the sums
         error, usual = (ours - true).norm() / true.norm(), (plain - true).norm() / true.norm()
         assert error <= 4 * usual + 1e-6
-    asked = [(rows, out, wide)] + [(out, rows, wide)] * (out < wide and rows * out * wide >= products._LEAST_OUTER)
+    asked = [(rows, out, wide)] + [(out, rows, wide)] * (out < wide and rows * out * wide >= 1 << 25)
     assert taken == (asked if products._ONEDNN is not None else [])
 
 
@@ -44,13 +47,19 @@ def test_a_gradient_is_contiguous_as_its_weight():
 
 
 @pytest.mark.parametrize(
-    "case", ["small", "double", "half", "strided rows", "strided weight", "turned off", "missing", "high outer"]
+    "case",
+    ["small", "double", "half", "meta", "strided rows", "strided weight", "turned off", "missing", "high outer"],
 )
 def test_what_onednn_would_do_worse_or_not_at_all_is_a_plain_product(case, taken, monkeypatch):
     rows = 16 if case == "small" else 256
     kind = {"double": torch.float64, "half": torch.bfloat16}.get(case, torch.float32)
     g, weight, x = numbers(rows, 512, dtype=kind), numbers(512, 1024, seed=1, dtype=kind), numbers(rows, 1024, seed=2)
     x = x.to(kind)
+    if case == "meta":
+        g, weight, x = (t.to("meta") for t in (g, weight, x))
+        assert products.through(g, weight).shape == x.shape and products.outer(g, x).shape == weight.shape
+        assert taken == []
+        return
     if case == "strided rows":
         g, x = numbers(rows, 1536)[:, 512:1024], numbers(rows, 2048, seed=2)[:, ::2]
     if case == "strided weight":
@@ -92,3 +101,20 @@ def test_shapes_that_do_not_fit_raise_as_in_torch():
             products.through(numbers(rows, out), numbers(other, wide))
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             products.outer(numbers(rows, out), numbers(other, wide))
+
+
+def test_with_autograd_on_they_are_differentiable_whatever_their_size(taken):
+    g, weight, x = (t.requires_grad_() for t in (numbers(256, 512), numbers(512, 1024, seed=1), numbers(256, 1024)))
+    for y, wanted in ((products.through(g, weight), (g, weight)), (products.outer(g, x), (g, x))):
+        assert all(gradient.abs().sum() > 0 for gradient in torch.autograd.grad(y.sum(), wanted))
+    assert taken == []
+
+
+def test_products_keep_their_dtype_under_autocast_and_on_devices_without_one():
+    x = numbers(3, 3)
+    for device in ("cpu", "meta"):
+        with torch.autocast("cpu", torch.bfloat16), products.plain_dtypes(x.to(device)):
+            assert (x.to(device) @ x.to(device)).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert products.autocasts(x) and not products.autocasts(x.to("meta"))
+    assert not products.autocasts(x)

@@ -101,7 +101,7 @@ def choose(model: nn.Module, method: str, match: Match | None) -> tuple[list[Row
 class Shifted(nn.Module):
     """`base(x)` with deltas added to some of its output rows; the other rows are the base's, bit for bit.
 
-    `deltas` maps a role ("q", "v") to (first row, delta). A base that is not a plain frozen `nn.Linear` is called as a
+    `deltas` maps a role ("q", "v") to (first row, delta). A base that is no plain frozen `nn.Linear` is called as a
     module, so a layer with a backward of its own (LBP-WHT) stays what it is.
     """
 
@@ -113,7 +113,10 @@ class Shifted(nn.Module):
             self.add_module(role, delta)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(..., inputs) -> (..., outputs)`: the base's output, with the deltas added to their rows."""
+        """`(..., inputs) -> (..., outputs)`: the base's output, with the deltas added to their rows.
+
+        Differentiable once where all of them offer factors.
+        """
         deltas = [getattr(self, role) for role in self.first]
         factors = [delta.factors() if hasattr(delta, "factors") else None for delta in deltas]
         if all(pair is not None for pair in factors):

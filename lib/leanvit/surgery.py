@@ -148,11 +148,14 @@ def need_head(model: nn.Module, method: str) -> set[str]:
 
 def is_whole(value: object, least: int = 1) -> bool:
     """Whether it is a whole number of at least `least`, numpy's too; a bool is none."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+    return isinstance(value, Integral) and not isinstance(value, bool) and bool(value >= least)
 
 
 def check_whole(method: str, least: int = 1, /, **values: object) -> None:
-    """Raise `ValueError` for a value (a rank, a width, a seed) that is no whole number of at least `least`."""
+    """Raise `ValueError` for a value (a rank, a width, a seed) that is no whole number of at least `least`.
+
+    Python's own alone: plans and files keep such values as JSON.
+    """
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{method}: {name}={value!r} must be a whole number of at least {least}")

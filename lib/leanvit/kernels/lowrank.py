@@ -5,6 +5,7 @@
 is one torch op (`torch.ops.leanvit.lowrank_add`, with autograd, a fake kernel and a FLOP formula) for all rows of a
 layer: one product `z = x [P_q | P_v]`, one product for each range of rows that is added where it belongs, and a copy of
 `y` for the rest, which stays what it is, bit for bit. It saves `x`, which other layers share, and the narrow `z`.
+`linear(layer, x, ...)` adds to the output of a layer; a frozen one runs as one with what is added.
 
 A sum of n Kronecker products `H = sum_i A_i (x) B_i` (KAdaptation, arXiv 2203.16329), with `A_i = s_i t_i^T` of rank rA
 and `B_i = u_i v_i^T` of rank r, is such a pair, `H = P Q^T` with inner size `n rA r` (`factors`). For A_i of full rank
@@ -18,9 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.flop_counter import register_flop_formula
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from leanvit.kernels import products
+
+if torch.ops.aten.addmm_ not in flop_registry:  # torch's counter knows only the form that is not in place
+
+    @register_flop_formula(torch.ops.aten.addmm_)
+    def _addmm_flops(y_shape, a_shape, b_shape, *args, out_shape=None, **kwargs) -> int:
+        return 2 * a_shape[0] * a_shape[1] * b_shape[1]
+
 
 # --- the op ----------------------------------------------------------------------------------------------------------
 
@@ -54,18 +63,13 @@ def _check(y: Tensor, x: Tensor, p: Tensor, q: list[Tensor], bias: list[Tensor],
         raise ValueError(f"lowrank_add: biases of {[tuple(b.shape) for b in bias]} do not fit the rows of q")
 
 
-def _add_product(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """`y += a b`, in place; torch's FLOP counter knows `addmm` with `out`, not `addmm_`."""
-    return torch.addmm(y, a, b, out=y)
-
-
 def _accumulate(y: Tensor, x: Tensor, p: Tensor, q: list[Tensor], bias: list[Tensor], first: list[int]) -> Tensor:
     """Add to the rows of a contiguous `y` in place, and return `z = x P`."""
     z = products.through(x.reshape(-1, x.shape[-1]), p)
     flat, column = y.view(-1, y.shape[-1]), 0
     for i, (start, weight) in enumerate(zip(first, q, strict=True)):
         rows = flat[:, start : start + weight.shape[0]]
-        _add_product(rows, z[:, column : column + weight.shape[1]], weight.T)
+        rows.addmm_(z[:, column : column + weight.shape[1]], weight.T)
         if bias:
             rows.add_(bias[i])
         column += weight.shape[1]
@@ -111,17 +115,17 @@ def _gradients(
     g_q, g_bias = [None] * len(q), [None] * ctx.biases
     if g is not None:
         flat = g.reshape(-1, g.shape[-1])
-        parts = [flat[:, start : start + rows.shape[0]] for start, rows in zip(ctx.first, q, strict=True)]
-        through = torch.cat([part @ rows for part, rows in zip(parts, q, strict=True)], dim=1)
-        g_z = through if g_z is None else g_z + through
+        parts = [flat[:, start : start + q_i.shape[0]] for start, q_i in zip(ctx.first, q, strict=True)]
+        own = torch.cat([part @ q_i for part, q_i in zip(parts, q, strict=True)], dim=1)
+        g_z = own if g_z is None else g_z + own
         if needed[2]:
-            pieces = z.split([rows.shape[1] for rows in q], dim=1)
+            pieces = z.split([q_i.shape[1] for q_i in q], dim=1)
             g_q = [part.T @ piece for part, piece in zip(parts, pieces, strict=True)]
         if needed[3]:
             g_bias = [part.sum(0) for part in parts][: ctx.biases]
     g_x = None
     if needed[0] and weight is not None:
-        g_x = _add_product(products.through(flat, weight), g_z, p.T).view(x.shape)
+        g_x = products.through(flat, weight).addmm_(g_z, p.T).view(x.shape)
     elif needed[0] and g_z is not None:
         g_x = (g_z @ p.T).view(x.shape)
     g_p = flat_x.T @ g_z if needed[1] and g_z is not None else None
@@ -167,8 +171,11 @@ class _FrozenLinear(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, own: Tensor | None, p: Tensor, first: list[int], count: int, *rest):
         q, bias = list(rest[:count]), list(rest[count:])
         y = F.linear(x, weight, own)
+        if y._is_view():  # up to torch 2.13; a view made here could not be changed in place by others
+            y = torch.ops.aten._unsafe_view(y, y.shape)
         _check(y, x, p, q, bias, first)
-        ctx.save_for_backward(x, weight, p, _accumulate(y, x, p, q, bias, first), *q)
+        z = _accumulate(y, x, p, q, bias, first)
+        ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None, p, z, *q)
         ctx.first, ctx.biases = first, len(bias)
         return y
 
@@ -178,7 +185,8 @@ class _FrozenLinear(torch.autograd.Function):
         x, weight, p, z, *q = ctx.saved_tensors
         need_x, _, _, need_p, _, _, *need = ctx.needs_input_grad
         needed = (need_x, need_p, any(need[: len(q)]), any(need[len(q) :]))
-        g_x, g_p, g_q, g_bias = _gradients(ctx, g, None, x, p, z, q, needed, weight)
+        with products.plain_dtypes(g):
+            g_x, g_p, g_q, g_bias = _gradients(ctx, g, None, x, p, z, q, needed, weight)
         return g_x, None, None, g_p, None, None, *g_q, *g_bias
 
 
@@ -231,8 +239,8 @@ def linear(
 ) -> Tensor:
     """`add(layer(x), x, factors, bias, first)`, with the other rows those of `layer(x)`, bit for bit.
 
-    A plain `nn.Linear` without hooks whose parameters are frozen runs as one with what is added, in eager mode and
-    outside autocast; any other layer is called as a module. Differentiable once.
+    A plain frozen `nn.Linear` runs as one with what is added, in eager mode and outside autocast; a layer that learns,
+    is of another class or has hooks is called as a module. Differentiable once.
 
     Args:
         layer: `(..., in) -> (..., out)`. x: `(..., in)`. factors, bias, first: as in `add`.
@@ -240,13 +248,21 @@ def linear(
     Raises:
         ValueError: shapes or ranges that do not fit. TypeError: a layer whose output is not floating-point.
     """
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    plain = type(layer) is nn.Linear and not any(hooks) and "forward" not in vars(layer)  # accelerate may set one
-    frozen = plain and x.dtype == layer.weight.dtype and not any(p.requires_grad for p in layer.parameters())
-    if frozen and not (torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)):
-        p, q, b = _operands(factors, bias, x.dtype)
-        return _FrozenLinear.apply(x, layer.weight, layer.bias, p, first, len(q), *q, *b)
-    return add(layer(x), x, factors, bias, first, into=True)
+    if torch.compiler.is_compiling() or not _plain_and_frozen(layer) or products.autocasts(x):
+        return add(layer(x), x, factors, bias, first, into=True)
+    p, q, b = _operands(factors, bias, x.dtype)
+    return _FrozenLinear.apply(x, layer.weight, layer.bias, p, first, len(q), *q, *b)
+
+
+def _plain_and_frozen(layer: nn.Module) -> bool:
+    """Whether calling the layer is multiplying by its weight and no more, and nothing of it learns."""
+    if type(layer) is not nn.Linear or "forward" in vars(layer) or layer._compiled_call_impl is not None:
+        return False  # accelerate sets a forward; `layer.compile()` the other
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        return False
+    own = [t for t in (layer.weight, layer.bias) if t is not None]  # not parameters(): a weight may be computed
+    plain = all(type(t) in (Tensor, nn.Parameter) and not t.requires_grad for t in own)
+    return plain and not _has_any_global_hook()
 
 
 def add_ref(y: Tensor, x: Tensor, factors: list[tuple[Tensor, Tensor]], bias: list[Tensor] | None, first: list[int]):

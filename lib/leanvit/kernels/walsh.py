@@ -22,12 +22,13 @@ On CUDA tensors the source `walsh.cu` is compiled for the given set of bases (`k
 import functools
 import math
 import warnings
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
+
+from leanvit.kernels import products
 
 ORDERS = (2, 4, 8, 16)
 
@@ -304,21 +305,15 @@ def _pays(x: Tensor, h: int, w: int, bases: list[int], order: int) -> bool:
     return x.numel() > 0 and tokens >= (4 if x.is_contiguous() else 16) * _cells(tuple(bases), order)[1].shape[1]
 
 
-def _own_dtype(x: Tensor) -> AbstractContextManager:
-    """The ops keep their dtype under autocast; entering `torch.autocast` for nothing would cost a third of a call."""
-    on = torch.is_autocast_enabled(x.device.type)
-    return torch.autocast(x.device.type, enabled=False) if on else nullcontext()
-
-
 def _project_torch(x: Tensor, h: int, w: int, prefix: int, bases: list[int], order: int, reflect: bool) -> Tensor:
     way = _project_cells if _pays(x, h, w, bases, order) else _project_bands
-    with _own_dtype(x):
+    with products.plain_dtypes(x):
         return way(x, h, w, prefix, bases, order, reflect)
 
 
 def _expand_torch(z: Tensor, h: int, w: int, prefix: int, bases: list[int], order: int, reflect: bool) -> Tensor:
     way = _expand_cells if _pays(z, h, w, bases, order) else _expand_bands
-    with _own_dtype(z):
+    with products.plain_dtypes(z):
         return way(z, h, w, prefix, bases, order, reflect)
 
 
