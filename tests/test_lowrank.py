@@ -234,6 +234,12 @@ def learning(*arguments):
     return [a.clone().requires_grad_() for a in arguments]
 
 
+def trained(layer, x, factors, biases, first):
+    """The output of `lowrank.linear`, and x and the factors one by one, which learn."""
+    flat = learning(x, *(t for pair in factors for t in pair))
+    return lowrank.linear(layer, flat[0], [(flat[1], flat[2]), (flat[3], flat[4])], biases, first), flat
+
+
 @pytest.mark.parametrize("tokens", [(2, 5), (7,), ()])
 @pytest.mark.parametrize("bias, own", [(True, True), (False, True), (True, False)])
 def test_a_frozen_layer_and_what_is_added_are_the_two_apart(tokens, bias, own):
@@ -319,8 +325,7 @@ def test_layers_that_are_more_than_their_weight_are_called_as_modules(kind):
     called = []
     layer = MORE[kind](called)
     plain = torch.nn.functional.linear(x, layer.weight, layer.bias)
-    flat = learning(x, *(t for pair in factors for t in pair))
-    y = lowrank.linear(layer, flat[0], [(flat[1], flat[2]), (flat[3], flat[4])], biases, first)
+    y, flat = trained(layer, x, factors, biases, first)
     torch.testing.assert_close(y, lowrank.add_ref(plain, x, factors, biases, first))
     assert not fused(y)
     y.sum().backward()
@@ -356,8 +361,7 @@ def test_whatever_of_a_layer_learns_gets_its_gradient(learns):
 
 def test_a_frozen_layer_runs_as_one_and_its_output_may_be_changed_in_place():
     layer, (_, x, factors, biases, first) = frozen_layer(), problem()
-    flat = learning(x, *(t for pair in factors for t in pair))
-    y = lowrank.linear(layer, flat[0], [(flat[1], flat[2]), (flat[3], flat[4])], biases, first)
+    y, flat = trained(layer, x, factors, biases, first)
     assert fused(y)
     y += 1
     y.square().sum().backward()
@@ -403,8 +407,7 @@ def test_the_backward_of_a_frozen_layer_keeps_its_dtype_under_autocast():
     layer, (_, x, factors, biases, first) = frozen_layer(dtype=torch.float32), problem(torch.float32)
     gradients = []
     for on in (False, True):
-        flat = learning(x, *(t for pair in factors for t in pair))
-        y = lowrank.linear(layer, flat[0], [(flat[1], flat[2]), (flat[3], flat[4])], biases, first)
+        y, flat = trained(layer, x, factors, biases, first)
         with torch.autocast("cpu", torch.bfloat16, enabled=on):
             gradients.append(torch.autograd.grad(y, flat, torch.ones_like(y)))
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
