@@ -197,6 +197,24 @@ def test_works_around_a_linear_with_a_backward_of_its_own():
     assert model.blocks[0].attn.qkv is new
 
 
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_frozen_linear_layer_runs_as_one_with_its_lora(hooked):
+    torch.manual_seed(0)
+    layer, x = LoRA(nn.Linear(6, 4).requires_grad_(False), rank=2, alpha=3), torch.randn(5, 3, 6, requires_grad=True)
+    nn.init.normal_(layer.lora_B)
+    seen = []
+    if hooked:
+        layer.base.register_forward_hook(lambda module, inputs, y: seen.append(y.shape))
+    y = layer(x)
+    assert type(y.grad_fn).__name__ == ("_AddIntoBackward" if hooked else "_FrozenLinearBackward")
+    assert seen == ([y.shape] if hooked else [])
+    wanted, g = (x, layer.lora_A, layer.lora_B), torch.randn_like(y)
+    plain = layer.base(x) + 1.5 * x @ layer.lora_A.T @ layer.lora_B.T
+    torch.testing.assert_close(y, plain)
+    for ours, theirs in zip(torch.autograd.grad(y, wanted, g), torch.autograd.grad(plain, wanted, g), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("first", ["lbp_wht", "lora"])
 def test_composes_with_lbp_wht(first):
     torch.manual_seed(0)

@@ -239,18 +239,32 @@ def test_autocast_leaves_the_ops_their_dtype(k):
     assert torch.equal(z, walsh.project(x, *grid)) and torch.equal(back, walsh.expand(z, *grid))
 
 
-def test_both_ways_in_torch_are_taken_and_agree():
-    x = torch.randn(2, 1 + 14 * 14, 6)
-    for k, pays in ((2, True), (4, True), (6, False)):
-        arguments = 14, 14, 1, flat(lbp_wht.low_pass_l1(k)), 8, False
-        assert walsh._pays(x, 14, 14, arguments[3], 8) == pays
-        z = walsh._project_cells(x, *arguments)
-        torch.testing.assert_close(z, walsh._project_bands(x, *arguments), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(
-            walsh._expand_cells(z, *arguments), walsh._expand_bands(z, *arguments), rtol=1e-5, atol=1e-5
-        )
-    apart = torch.randn(2, 6, 14 * 14).transpose(1, 2)  # a convolution's tokens
-    assert not walsh._pays(apart, 14, 14, flat(lbp_wht.low_pass_l1(4)), 8)
+@pytest.mark.parametrize("reflect", [False, True])
+@pytest.mark.parametrize("bases", [[(0, 0)], lbp_wht.low_pass_l1(2), lbp_wht.low_pass_l1(4), [(0, 7), (3, 4)]])
+@pytest.mark.parametrize("h, w, prefix", [(14, 14, 1), (7, 5, 0), (9, 17, 5)])
+def test_all_ways_in_torch_agree(h, w, prefix, bases, reflect):
+    torch.manual_seed(w)
+    grid = h, w, prefix, tuple(flat(bases)), 8, reflect
+    x = torch.randn(2, prefix + h * w, 6, dtype=torch.float64)
+    z = torch.randn(2, walsh.rows(h, w, prefix, len(bases), 8), 6, dtype=torch.float64)
+    projected, expanded = walsh.project_ref(x, *grid), walsh.expand_ref(z, *grid)
+    torch.testing.assert_close(walsh._project_bands(x, *grid), projected)
+    for by_cells in (False, True):
+        torch.testing.assert_close(walsh._sums(x, *grid, by_cells=by_cells, turned=False), projected)
+        torch.testing.assert_close(walsh._sums(z, *grid, by_cells=by_cells, turned=True), expanded)
+
+
+@pytest.mark.parametrize(
+    "k, channels, stages, turned_stages", [(2, 192, 2, 1), (4, 192, 2, 1), (4, 1536, 2, 2), (5, 1536, 1, 1)]
+)
+def test_each_shape_goes_the_way_that_was_measured_fastest(monkeypatch, k, channels, stages, turned_stages):
+    grid = 14, 14, 1, flat(lbp_wht.low_pass_l1(k))
+    taken, bags = [], walsh._bags
+    monkeypatch.setattr(walsh, "_bags", lambda *args: taken.append(len(bags(*args))) or bags(*args))
+    walsh.expand(walsh.project(torch.randn(1, 197, channels), *grid), *grid)
+    assert taken == [stages, turned_stages]
+    walsh.project(torch.randn(1, channels, 197).transpose(1, 2), *grid)  # a convolution's tokens: by rows of blocks
+    assert taken == [stages, turned_stages]
 
 
 @pytest.mark.parametrize("shape", [(0, 65, 4), (2, 65, 0)])

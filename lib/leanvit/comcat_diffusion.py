@@ -164,8 +164,7 @@ def attach(
     """
     if mode not in MODES:
         raise ValueError(f"ComCAT adapter: mode={mode!r} is none of {', '.join(MODES)}")
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"ComCAT adapter: rank={rank!r} must be a whole number of 1 or more")
+    surgery.check_whole("ComCAT adapter", rank=rank)
     if isinstance(s, bool) or not isinstance(s, (int, float)) or not math.isfinite(s):
         raise ValueError(f"ComCAT adapter: s={s!r} must be a finite number")
     surgery.refuse_adapted(model, "ComCAT adapter")

@@ -152,11 +152,8 @@ def _bias_gradient(
     exact_enough = g.dtype in (torch.float32, torch.float64)
     if g_hat is None or bases is None or (0, 0) not in bases or s.reflect or not exact_enough:
         return g.sum(dim=(0, 1))
-    block_sums = g_hat[:, s.prefix :].unflatten(1, (walsh.blocks(*grid, s.order), len(bases)))[
-        :, :, bases.index((0, 0))
-    ]
-    total = s.order * block_sums.sum(dim=(0, 1))
-    return total + g_hat[:, : s.prefix].sum(dim=(0, 1)) if s.prefix else total
+    blocks = g_hat[:, s.prefix + bases.index((0, 0)) :: len(bases)].sum(dim=(0, 1))
+    return torch.add(g_hat[:, : s.prefix].sum(dim=(0, 1)), blocks, alpha=s.order)
 
 
 def _save(ctx, x: Tensor, weight: Tensor, y_dtype: torch.dtype, setting: Setting, grid: tuple[int, int]) -> None:

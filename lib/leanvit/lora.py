@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leanvit import qkv
+from leanvit.kernels import lowrank
 from leanvit.qkv import SEPARATED
 from leanvit.sites import separate_qkv_bias
 from leanvit.surgery import (
@@ -94,8 +95,9 @@ class LowRank(nn.Module):
 class LoRA(LowRank):
     """`base(x) + (alpha / rank) * B A x` around an `nn.Linear` (any subclass) or a plain 1x1 `nn.Conv2d`.
 
-    The base is called as a module and its weight is not read, so a layer with a backward of its own (LBP-WHT) stays
-    what it is. `lora_A (rank, in)`, `lora_B (out, rank)` for a linear layer and a convolution alike.
+    A plain frozen `nn.Linear` runs as one with the adapter (`kernels/lowrank.py`, differentiable once). Any other base
+    is called as a module and its weight is not read, so a layer with a backward of its own (LBP-WHT) stays what it is.
+    `lora_A (rank, in)`, `lora_B (out, rank)` for a linear layer and a convolution alike.
     """
 
     def __init__(self, base: nn.Module, rank: int, alpha: float):
@@ -109,7 +111,7 @@ class LoRA(LowRank):
         if isinstance(self.base, nn.Conv2d):
             a, b = self.lora_A[:, :, None, None], self.lora_B[:, :, None, None]
             return self.base(x) + F.conv2d(F.conv2d(x, a) * self.scale, b)
-        return self.base(x) + super().forward(x)
+        return lowrank.linear(self.base, x, [self.factors()], None, [0])
 
     @torch.no_grad()
     def merged(self) -> nn.Module:

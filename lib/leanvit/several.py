@@ -46,6 +46,7 @@ from torch import Tensor, nn
 
 from leanvit import atomic, orphans
 from leanvit.evaluate import device_of
+from leanvit.surgery import is_whole
 
 # ---- within a group of processes -----------------------------------------------------------------------------------
 
@@ -180,7 +181,7 @@ def agree_on_weights_(model: nn.Module) -> None:
 
 def check(processes: int) -> None:
     """Raises `ValueError` for a number of processes that cannot be started here, and now."""
-    if isinstance(processes, bool) or not isinstance(processes, int) or processes < 1:
+    if not is_whole(processes):
         raise ValueError(f"processes={processes!r} must be a whole number of at least 1")
     if inside() and processes not in (1, world()):
         raise ValueError(

@@ -17,6 +17,7 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 
+from leanvit.surgery import check_whole
 from leanvit.train import mix_seed
 from leanvit.uvc_flags import Flags, zlr_schedule
 from leanvit.uvc_math import (
@@ -55,8 +56,7 @@ class FaithfulSearch(Trainer):
 
     def __init__(self, model: nn.Module, flags: Flags | None = None, *, steps_per_epoch: int, loss: Loss | None = None,
                  follow_zlr_schedule: bool = False):  # fmt: skip
-        if isinstance(steps_per_epoch, bool) or not isinstance(steps_per_epoch, int) or steps_per_epoch < 1:
-            raise ValueError(f"search: steps_per_epoch={steps_per_epoch!r} must be a whole number of at least 1")
+        check_whole("search", steps_per_epoch=steps_per_epoch)
         self.flags = f = flags or Flags()
         self.steps_per_epoch, self.follow = steps_per_epoch, follow_zlr_schedule
         steps = (f.num_epochs + 1) * steps_per_epoch

@@ -112,8 +112,7 @@ class Trainer:
 
     def __init__(self, model: nn.Module, steps: int, loss: Loss | None, lr: float, weight_decay: float, clip: float,
                  lr_warmup: int, seed: int):  # fmt: skip
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"search: steps={steps!r} must be a whole number of at least 1")
+        surgery.check_whole("search", steps=steps)
         self.shapes = read_shapes(model)
         if loss is None and hasattr(model, "get_classifier"):
             surgery.need_head(model, "search")

@@ -24,12 +24,8 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from leanvit.kernels import products
 
-if torch.ops.aten.addmm_ not in flop_registry:  # torch's counter knows only the form that is not in place
-
-    @register_flop_formula(torch.ops.aten.addmm_)
-    def _addmm_flops(y_shape, a_shape, b_shape, *args, out_shape=None, **kwargs) -> int:
-        return 2 * a_shape[0] * a_shape[1] * b_shape[1]
-
+# torch's counter knows only the form that is not in place
+flop_registry.setdefault(torch.ops.aten.addmm_, flop_registry[torch.ops.aten.addmm])
 
 # --- the op ----------------------------------------------------------------------------------------------------------
 

@@ -140,7 +140,7 @@ def expand_ref(
     return torch.cat([z[:, :prefix], matrix.mT @ z[:, prefix:]], dim=1)
 
 
-# --- in torch, where few bases are kept: sums of tokens that all of them treat alike, then a small product a block ----
+# --- in torch: weighted sums of rows, all images and prefix tokens in one call, or in two by way of cells -------------
 
 
 @functools.lru_cache(maxsize=256)
@@ -157,84 +157,94 @@ def _cells(bases: tuple[int, ...], order: int) -> tuple[tuple[int, ...], Tensor]
     return cells, torch.tensor(list(seen), dtype=torch.float64).T
 
 
-@functools.lru_cache(maxsize=256)
-def _small(bases: tuple[int, ...], order: int, turned: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
-    matrix = _cells(bases, order)[1].to(device, dtype)
-    return (matrix.T if turned else matrix).contiguous()
-
-
-def _places(h: int, w: int, prefix: int, bases: tuple[int, ...], order: int, reflect: bool) -> tuple[Tensor, Tensor]:
-    """Of each place of the padded grid that shows a token: that token, and its cell among those of all blocks."""
-    cells, small = _cells(bases, order)
-    per_block, across = small.shape[1], padding(w, order)[0]
-    pairs = [
-        (prefix + y * w + x, (u // order * across + v // order) * per_block + cells[u % order * order + v % order])
+def _places(h: int, w: int, prefix: int, order: int, reflect: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each place of the padded grid that shows a token: that token, its block, and its place in the block."""
+    across = padding(w, order)[0]
+    places = [
+        (prefix + y * w + x, u // order * across + v // order, u % order * order + v % order)
         for u, y in enumerate(_sources(h, order, reflect))
         for v, x in enumerate(_sources(w, order, reflect))
         if y is not None and x is not None
     ]
-    token, cell = torch.tensor(pairs).T
-    return token, cell
+    token, block, place = torch.tensor(places).T
+    return token, block, place
+
+
+_Stage = tuple[int, int, Tensor, Tensor, Tensor]  # a sparse matrix: its height and width, then row, column, value
+_Bags = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+def _stages(
+    h: int, w: int, prefix: int, bases: tuple[int, ...], order: int, reflect: bool, by_cells: bool
+) -> list[_Stage]:
+    """The projection with its prefix tokens as one sparse matrix, or as two: tokens to cells, cells to coefficients."""
+    token, block, place = _places(h, w, prefix, order, reflect)
+    cells, small = _cells(bases, order)
+    rank, per_block = small.shape
+    count, own, cell = blocks(h, w, order), torch.arange(prefix), torch.tensor(cells)[place]
+
+    def stage(height: int, width: int, row: Tensor, column: Tensor, value: Tensor) -> _Stage:
+        row, column, value = (t.flatten() for t in torch.broadcast_tensors(row, column, value))
+        value = torch.cat([torch.ones(prefix), value])
+        return prefix + height, prefix + width, torch.cat([own, row]), torch.cat([own, column]), value
+
+    base = torch.arange(rank)[:, None]
+    if not by_cells:
+        return [stage(count * rank, h * w, prefix + block * rank + base, token, small[:, cell])]
+    every = torch.arange(count)[:, None, None]
+    to_cells = prefix + block * per_block + cell, token, torch.tensor(1.0)
+    to_bases = prefix + every * rank + base, prefix + every * per_block + torch.arange(per_block), small
+    return [stage(count * per_block, h * w, *to_cells), stage(count * rank, count * per_block, *to_bases)]
 
 
 @functools.lru_cache(maxsize=32)  # their size grows with the batch
-def _to_cells(
-    images: int, h: int, w: int, prefix: int, bases: tuple[int, ...], order: int, reflect: bool, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Tokens of all images, one image below the other, cell by cell; and where each cell begins."""
-    token, cell = _places(h, w, prefix, bases, order, reflect)
-    sizes = cell.bincount(minlength=blocks(h, w, order) * _cells(bases, order)[1].shape[1])
-    image = torch.arange(images)[:, None]
-    tokens = token[cell.argsort(stable=True)] + (prefix + h * w) * image
-    begins = sizes.cumsum(0) - sizes + len(token) * image
-    return tokens.flatten().int().to(device), begins.flatten().int().to(device)
+def _bags(
+    images: int,
+    h: int,
+    w: int,
+    prefix: int,
+    bases: tuple[int, ...],
+    order: int,
+    reflect: bool,
+    by_cells: bool,
+    turned: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[_Bags]:
+    """For each stage, over images that lie one below the other: rows to add up, where each sum begins, their weights.
 
-
-@functools.lru_cache(maxsize=32)  # their size grows with the batch
-def _from_cells(
-    images: int, h: int, w: int, prefix: int, bases: tuple[int, ...], order: int, reflect: bool, device: torch.device
-) -> tuple[Tensor, Tensor | None]:
-    """Cells of all images, token by token, and where each token begins (None: each has one).
-
-    The rows are the cells of all images, then their prefix tokens. A mirrored token has several cells.
+    Without weights all are one, without beginnings each sum is a single row. `turned` gives the transpose.
     """
-    token, cell = _places(h, w, prefix, bases, order, reflect)
-    count = blocks(h, w, order) * _cells(bases, order)[1].shape[1]
     image = torch.arange(images)[:, None]
-    own = torch.arange(prefix) + images * count + prefix * image
-    rows_ = torch.cat([own, cell[token.argsort(stable=True)] + count * image], dim=1)
-    sizes = torch.cat([torch.ones(prefix, dtype=torch.long), token.bincount()[prefix:]])
-    begins = sizes.cumsum(0) - sizes + rows_.shape[1] * image
-    return rows_.flatten().int().to(device), begins.flatten().int().to(device) if reflect else None
+    bags: list[_Bags] = []
+    for height, width, row, column, value in _stages(h, w, prefix, bases, order, reflect, by_cells):
+        if turned:
+            height, width, row, column = width, height, column, row
+        sort, sizes = row.argsort(stable=True), row.bincount(minlength=height)
+        rows_ = (column[sort] + width * image).flatten().int().to(device)
+        begins = (sizes.cumsum(0) - sizes + len(row) * image).flatten().int().to(device)
+        plain = bool((value == 1).all())
+        weights = None if plain else value[sort].repeat(images).to(device, dtype)
+        bags.append((rows_, None if plain and bool((sizes == 1).all()) else begins, weights))
+    return bags[::-1] if turned else bags
 
 
-def _project_cells(x: Tensor, h: int, w: int, prefix: int, bases: list[int], order: int, reflect: bool) -> Tensor:
-    images, _, channels = x.shape
+def _few_cells(bases: tuple[int, ...], order: int) -> bool:
+    return 4 * _cells(bases, order)[1].shape[1] <= order**2
+
+
+def _sums(x: Tensor, *grid, by_cells: bool, turned: bool) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)  # a sum in half precision would be rounded, or overflow
-    tokens, begins = _to_cells(images, h, w, prefix, tuple(bases), order, reflect, x.device)
-    small = _small(tuple(bases), order, False, wide, x.device)
-    cells = F.embedding_bag(tokens, x.reshape(-1, channels).to(wide), begins, mode="sum")
-    z = torch.matmul(small, cells.view(-1, small.shape[1], channels)).to(x.dtype).view(images, -1, channels)
-    return torch.cat([x[:, :prefix], z], dim=1) if prefix else z
+    y = x.flatten(0, 1).to(wide)
+    for rows_, begins, weights in _bags(len(x), *grid, by_cells, turned, wide, x.device):
+        if begins is None:
+            y = F.embedding(rows_, y)
+        else:
+            y = F.embedding_bag(rows_, y, begins, mode="sum", per_sample_weights=weights)
+    return y.to(x.dtype).unflatten(0, (len(x), -1))
 
 
-def _expand_cells(z: Tensor, h: int, w: int, prefix: int, bases: list[int], order: int, reflect: bool) -> Tensor:
-    images, _, channels = z.shape
-    rows_, begins = _from_cells(images, h, w, prefix, tuple(bases), order, reflect, z.device)
-    small = _small(tuple(bases), order, True, z.dtype, z.device)
-    cells = images * blocks(h, w, order) * len(small)
-    every = z.new_empty(cells + images * prefix, channels)
-    coefficients = z[:, prefix:].reshape(-1, small.shape[1], channels)
-    # with `out=` that is contiguous this is one batched call; on a slice each image would become one of its own
-    torch.bmm(
-        small.expand(len(coefficients), *small.shape), coefficients, out=every[:cells].view(-1, len(small), channels)
-    )
-    every[cells:].view(images, prefix, channels).copy_(z[:, :prefix])
-    x = F.embedding(rows_, every) if begins is None else F.embedding_bag(rows_, every, begins, mode="sum")
-    return x.view(images, -1, channels)
-
-
-# --- in torch, else: one batched product for each row of blocks, whose tokens lie side by side ------------------------
+# --- in torch, where tokens lie apart (a convolution's): one batched product for each row of blocks -------------------
 
 
 @functools.lru_cache(maxsize=256)
@@ -253,68 +263,37 @@ def _bands(
     return bands
 
 
-@functools.lru_cache(maxsize=256)
-def _whole(
-    h: int,
-    w: int,
-    prefix: int,
-    bases: tuple[int, ...],
-    order: int,
-    reflect: bool,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor:
-    """The transpose of the projection with its prefix rows as one matrix, `(prefix + h*w, prefix + P*R)`."""
-    matrix = dense_matrix(h, w, list(bases), order, reflect)
-    return torch.block_diag(torch.eye(prefix, dtype=matrix.dtype), matrix).T.to(device, dtype).contiguous()
-
-
 # Products with a fresh output run as one batched call, parallel over the images. `out=` on a slice would not: there
 # each image becomes a call of its own, with all threads meeting at its end.
 
 
-def _project_bands(x: Tensor, h: int, w: int, prefix: int, bases: list[int], order: int, reflect: bool) -> Tensor:
-    bands = _bands(h, w, tuple(bases), order, reflect, x.dtype, x.device)
-    parts = [torch.matmul(matrix, x[:, prefix + first : prefix + end]) for first, end, matrix in bands]
+def _project_bands(
+    x: Tensor, h: int, w: int, prefix: int, bases: tuple[int, ...], order: int, reflect: bool
+) -> Tensor:
+    bands = _bands(h, w, bases, order, reflect, x.dtype, x.device)
+    with products.plain_dtypes(x):
+        parts = [torch.matmul(matrix, x[:, prefix + first : prefix + end]) for first, end, matrix in bands]
     return torch.cat([x[:, :prefix], *parts], dim=1) if prefix or len(parts) > 1 else parts[0]
 
 
-def _expand_bands(z: Tensor, h: int, w: int, prefix: int, bases: list[int], order: int, reflect: bool) -> Tensor:
-    bands = _bands(h, w, tuple(bases), order, reflect, z.dtype, z.device)
-    if len(bands) <= 2:  # the zeros of one matrix cost less than putting two parts together
-        return torch.matmul(_whole(h, w, prefix, tuple(bases), order, reflect, z.dtype, z.device), z)
-    out = z.new_zeros(z.shape[0], prefix + h * w, z.shape[2])
-    out[:, :prefix] = z[:, :prefix]
-    start = prefix
-    for first, end, matrix in bands:
-        stop = start + matrix.shape[0]
-        out[:, prefix + first : prefix + end] += torch.matmul(matrix.mT, z[:, start:stop])  # mirrored bands overlap
-        start = stop
-    return out
-
-
-# --- in torch: which of the two ---------------------------------------------------------------------------------------
-
-
-def _pays(x: Tensor, h: int, w: int, bases: list[int], order: int) -> bool:
-    """Whether the cells are so few, beside the tokens of a row of blocks, that adding up pays for its pass over memory.
-
-    Measured on two cores: 4 times fewer; 16 times where tokens lie apart (a convolution's), which are copied first.
-    """
-    tokens = min(order, h) * w
-    return x.numel() > 0 and tokens >= (4 if x.is_contiguous() else 16) * _cells(tuple(bases), order)[1].shape[1]
+# --- in torch: which of them ------------------------------------------------------------------------------------------
+# One stage reads a row of `x` R times, two read it once and `R * cells / n^2` times. Measured on two cores for 7x7 to
+# 37x37 tokens and widths of 96 to 3,072.
 
 
 def _project_torch(x: Tensor, h: int, w: int, prefix: int, bases: list[int], order: int, reflect: bool) -> Tensor:
-    way = _project_cells if _pays(x, h, w, bases, order) else _project_bands
-    with products.plain_dtypes(x):
-        return way(x, h, w, prefix, bases, order, reflect)
+    grid = h, w, prefix, tuple(bases), order, reflect
+    if not x.is_contiguous() or not x.numel():
+        return _project_bands(x, *grid)
+    return _sums(x, *grid, by_cells=_few_cells(tuple(bases), order), turned=False)
 
 
 def _expand_torch(z: Tensor, h: int, w: int, prefix: int, bases: list[int], order: int, reflect: bool) -> Tensor:
-    way = _expand_cells if _pays(z, h, w, bases, order) else _expand_bands
-    with products.plain_dtypes(z):
-        return way(z, h, w, prefix, bases, order, reflect)
+    if not z.numel():
+        return _expand_fake(z, h, w, prefix, bases, order, reflect)
+    # the R rows of a block stay in the cache while its tokens are summed, unless they are wide
+    by_cells = z.shape[2] > 1024 and _few_cells(tuple(bases), order)
+    return _sums(z, h, w, prefix, tuple(bases), order, reflect, by_cells=by_cells, turned=True)
 
 
 # --- the ops ---------------------------------------------------------------------------------------------------------
