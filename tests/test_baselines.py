@@ -197,22 +197,54 @@ def test_works_around_a_linear_with_a_backward_of_its_own():
     assert model.blocks[0].attn.qkv is new
 
 
+def lora_on_a_linear_layer():
+    torch.manual_seed(0)
+    layer = LoRA(nn.Linear(6, 4).requires_grad_(False), rank=2, alpha=3)
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(5, 6, requires_grad=True)
+    return layer, x, layer.base(x) + 1.5 * x @ layer.lora_A.T @ layer.lora_B.T
+
+
 @pytest.mark.parametrize("hooked", [False, True])
 def test_a_frozen_linear_layer_runs_as_one_with_its_lora(hooked):
-    torch.manual_seed(0)
-    layer, x = LoRA(nn.Linear(6, 4).requires_grad_(False), rank=2, alpha=3), torch.randn(5, 3, 6, requires_grad=True)
-    nn.init.normal_(layer.lora_B)
+    layer, x, plain = lora_on_a_linear_layer()
     seen = []
     if hooked:
-        layer.base.register_forward_hook(lambda module, inputs, y: seen.append(y.shape))
+        layer.base.register_forward_hook(lambda module, inputs, y: seen.append(y))
     y = layer(x)
-    assert type(y.grad_fn).__name__ == ("_AddIntoBackward" if hooked else "_FrozenLinearBackward")
-    assert seen == ([y.shape] if hooked else [])
+    assert (type(y.grad_fn).__name__ == "_FrozenLinearBackward") is not hooked
+    assert not hooked or torch.equal(seen[0], F.linear(x, layer.base.weight, layer.base.bias))  # left as it was
     wanted, g = (x, layer.lora_A, layer.lora_B), torch.randn_like(y)
-    plain = layer.base(x) + 1.5 * x @ layer.lora_A.T @ layer.lora_B.T
     torch.testing.assert_close(y, plain)
     for ours, theirs in zip(torch.autograd.grad(y, wanted, g), torch.autograd.grad(plain, wanted, g), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch.func.jvp calls it
+def test_lora_under_transforms_and_tracing():
+    layer, x, plain = lora_on_a_linear_layer()
+    torch.testing.assert_close(torch.func.vmap(layer)(x), plain)
+    _, tangent = torch.func.jvp(layer, (x,), (torch.ones_like(x),))
+    torch.testing.assert_close(tangent, layer(torch.ones_like(x)) - layer.base.bias)
+    own = {n: p.detach() for n, p in layer.named_parameters() if "lora_" in n}
+    loss = lambda p, row: torch.func.functional_call(layer, p, (row,)).square().sum()  # noqa: E731
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(own, x.detach())  # a gradient an image
+    plain.square().sum().backward()
+    torch.testing.assert_close(each["lora_A"].sum(0), layer.lora_A.grad)
+    torch.testing.assert_close(torch.fx.symbolic_trace(layer)(x), plain)
+    exported = torch.export.export(layer, (x.detach(),))
+    assert not any("leanvit" in str(node.target) for node in exported.graph.nodes)  # loads without this package
+
+
+def test_lora_on_a_base_that_leaves_autocast():
+    class Whole(nn.Linear):
+        def forward(self, x):
+            with torch.autocast("cpu", enabled=False):
+                return super().forward(x.float())
+
+    layer, x = LoRA(Whole(6, 4).requires_grad_(False), rank=2, alpha=2), torch.randn(5, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.float32
 
 
 @pytest.mark.parametrize("first", ["lbp_wht", "lora"])

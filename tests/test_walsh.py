@@ -172,7 +172,7 @@ def test_without_cupy_the_torch_path_runs_and_says_so_once(monkeypatch, recwarn)
     monkeypatch.setattr(cuda, "available", lambda: False)
     monkeypatch.setattr(cuda, "unavailable", lambda: "ModuleNotFoundError: No module named 'cupy'")
     walsh._cuda_kernels.cache_clear()
-    with pytest.warns(UserWarning, match="No module named 'cupy': the Walsh kernels run as torch products"):
+    with pytest.warns(UserWarning, match="No module named 'cupy': the Walsh kernels run as torch ops"):
         assert walsh._cuda_kernels() is None
     assert walsh._cuda_kernels() is None and not recwarn
     walsh._cuda_kernels.cache_clear()
@@ -242,11 +242,12 @@ def test_autocast_leaves_the_ops_their_dtype(k):
 @pytest.mark.parametrize("reflect", [False, True])
 @pytest.mark.parametrize("bases", [[(0, 0)], lbp_wht.low_pass_l1(2), lbp_wht.low_pass_l1(4), [(0, 7), (3, 4)]])
 @pytest.mark.parametrize("h, w, prefix", [(14, 14, 1), (7, 5, 0), (9, 17, 5)])
-def test_all_ways_in_torch_agree(h, w, prefix, bases, reflect):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_all_ways_in_torch_agree(h, w, prefix, bases, reflect, dtype):
     torch.manual_seed(w)
     grid = h, w, prefix, tuple(flat(bases)), 8, reflect
-    x = torch.randn(2, prefix + h * w, 6, dtype=torch.float64)
-    z = torch.randn(2, walsh.rows(h, w, prefix, len(bases), 8), 6, dtype=torch.float64)
+    x = torch.randn(2, prefix + h * w, 6, dtype=dtype)
+    z = torch.randn(2, walsh.rows(h, w, prefix, len(bases), 8), 6, dtype=dtype)
     projected, expanded = walsh.project_ref(x, *grid), walsh.expand_ref(z, *grid)
     torch.testing.assert_close(walsh._project_bands(x, *grid), projected)
     for by_cells in (False, True):
@@ -265,6 +266,20 @@ def test_each_shape_goes_the_way_that_was_measured_fastest(monkeypatch, k, chann
     assert taken == [stages, turned_stages]
     walsh.project(torch.randn(1, channels, 197).transpose(1, 2), *grid)  # a convolution's tokens: by rows of blocks
     assert taken == [stages, turned_stages]
+
+
+@pytest.mark.parametrize("k", [2, 6])
+def test_a_batch_gives_what_its_images_give_whatever_batch_came_before(k):
+    walsh._kept.cache_clear()
+    grid = 9, 14, 1, flat(lbp_wht.low_pass_l1(k)), 8, True
+    x = torch.randn(5, 1 + 9 * 14, 1030)
+    z = walsh.project(x, *grid)
+    back = walsh.expand(z, *grid)
+    for images in (1, 3, 5, 2):  # index tensors of the largest batch serve the smaller ones
+        assert torch.equal(walsh.project(x[:images], *grid), z[:images])
+        assert torch.equal(walsh.expand(z[:images], *grid), back[:images])
+    more = torch.cat([x, x])
+    assert torch.equal(walsh.project(more, *grid), torch.cat([z, z]))
 
 
 @pytest.mark.parametrize("shape", [(0, 65, 4), (2, 65, 0)])

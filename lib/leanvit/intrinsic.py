@@ -26,18 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from leanvit.surgery import (
-    Merged,
-    Report,
-    check_whole,
-    count,
-    fold,
-    freeze,
-    head_parameters,
-    is_whole,
-    refuse_adapted,
-    replace,
-)
+from leanvit.surgery import Merged, Report, check_whole, count, fold, freeze, head_parameters, refuse_adapted, replace
 
 _ORDER = 16  # the transform goes along axes of at most this length, each a matrix product: the fastest of 2 to 256
 
@@ -150,7 +139,7 @@ def attach(model: nn.Module, name: str, d: int, seed: int = 0) -> Report:
     """
     module = _module(model, name, "intrinsic")
     size = sum(p.numel() for p in module.parameters())
-    if not is_whole(d, 0) or d > size:
+    if isinstance(d, bool) or not isinstance(d, int) or not 0 <= d <= size:
         raise ValueError(f"intrinsic: d={d!r} must be a whole number from 0 to {size}, the parameters of {name}")
     check_whole("intrinsic", 0, seed=seed)
     if any(isinstance(m, Subspace) for m in model.modules()):  # one of d = 0 has no parameter to be told by

@@ -95,8 +95,9 @@ class LowRank(nn.Module):
 class LoRA(LowRank):
     """`base(x) + (alpha / rank) * B A x` around an `nn.Linear` (any subclass) or a plain 1x1 `nn.Conv2d`.
 
-    A plain frozen `nn.Linear` runs as one with the adapter (`kernels/lowrank.py`, differentiable once). Any other base
-    is called as a module and its weight is not read, so a layer with a backward of its own (LBP-WHT) stays what it is.
+    In eager mode a stock frozen `nn.Linear` runs as one with the adapter (`kernels/lowrank.py`), differentiable once.
+    Any other base is called as a module and its weight is not read, so a layer with a backward of its own (LBP-WHT)
+    stays what it is.
     `lora_A (rank, in)`, `lora_B (out, rank)` for a linear layer and a convolution alike.
     """
 
@@ -111,7 +112,9 @@ class LoRA(LowRank):
         if isinstance(self.base, nn.Conv2d):
             a, b = self.lora_A[:, :, None, None], self.lora_B[:, :, None, None]
             return self.base(x) + F.conv2d(F.conv2d(x, a) * self.scale, b)
-        return lowrank.linear(self.base, x, [self.factors()], None, [0])
+        if lowrank.fuses(self.base, x):
+            return lowrank.linear(self.base, x, [self.factors()], None, [0])
+        return self.base(x) + super().forward(x)
 
     @torch.no_grad()
     def merged(self) -> nn.Module:

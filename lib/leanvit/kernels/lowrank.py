@@ -61,14 +61,15 @@ def _check(y: Tensor, x: Tensor, p: Tensor, q: list[Tensor], bias: list[Tensor],
 
 def _accumulate(y: Tensor, x: Tensor, p: Tensor, q: list[Tensor], bias: list[Tensor], first: list[int]) -> Tensor:
     """Add to the rows of a contiguous `y` in place, and return `z = x P`."""
-    z = products.through(x.reshape(-1, x.shape[-1]), p)
     flat, column = y.view(-1, y.shape[-1]), 0
-    for i, (start, weight) in enumerate(zip(first, q, strict=True)):
-        rows = flat[:, start : start + weight.shape[0]]
-        rows.addmm_(z[:, column : column + weight.shape[1]], weight.T)
-        if bias:
-            rows.add_(bias[i])
-        column += weight.shape[1]
+    with products.plain_dtypes(y):
+        z = products.through(x.reshape(-1, x.shape[-1]), p)
+        for i, (start, weight) in enumerate(zip(first, q, strict=True)):
+            rows = flat[:, start : start + weight.shape[0]]
+            rows.addmm_(z[:, column : column + weight.shape[1]], weight.T)
+            if bias:
+                rows.add_(bias[i])
+            column += weight.shape[1]
     return z
 
 
@@ -108,23 +109,24 @@ def _gradients(
     With the base layer's `weight`, `g_x` comes through that layer, too.
     """
     flat_x = x.reshape(-1, x.shape[-1])
-    g_q, g_bias = [None] * len(q), [None] * ctx.biases
-    if g is not None:
-        flat = g.reshape(-1, g.shape[-1])
-        parts = [flat[:, start : start + q_i.shape[0]] for start, q_i in zip(ctx.first, q, strict=True)]
-        own = torch.cat([part @ q_i for part, q_i in zip(parts, q, strict=True)], dim=1)
-        g_z = own if g_z is None else g_z + own
-        if needed[2]:
-            pieces = z.split([q_i.shape[1] for q_i in q], dim=1)
-            g_q = [part.T @ piece for part, piece in zip(parts, pieces, strict=True)]
-        if needed[3]:
-            g_bias = [part.sum(0) for part in parts][: ctx.biases]
-    g_x = None
-    if needed[0] and weight is not None:
-        g_x = products.through(flat, weight).addmm_(g_z, p.T).view(x.shape)
-    elif needed[0] and g_z is not None:
-        g_x = (g_z @ p.T).view(x.shape)
-    g_p = flat_x.T @ g_z if needed[1] and g_z is not None else None
+    with products.plain_dtypes(x):  # a backward pass may be called under autocast
+        g_q, g_bias = [None] * len(q), [None] * ctx.biases
+        if g is not None:
+            flat = g.reshape(-1, g.shape[-1])
+            parts = [flat[:, start : start + q_i.shape[0]] for start, q_i in zip(ctx.first, q, strict=True)]
+            own = torch.cat([part @ q_i for part, q_i in zip(parts, q, strict=True)], dim=1)
+            g_z = own if g_z is None else g_z + own
+            if needed[2]:
+                pieces = z.split([q_i.shape[1] for q_i in q], dim=1)
+                g_q = [part.T @ piece for part, piece in zip(parts, pieces, strict=True)]
+            if needed[3]:
+                g_bias = [part.sum(0) for part in parts][: ctx.biases]
+        g_x = None
+        if needed[0] and weight is not None:
+            g_x = products.through(flat, weight).addmm_(g_z, p.T).view(x.shape)
+        elif needed[0] and g_z is not None:
+            g_x = (g_z @ p.T).view(x.shape)
+        g_p = flat_x.T @ g_z if needed[1] and g_z is not None else None
     return g_x, g_p, g_q, g_bias
 
 
@@ -181,8 +183,7 @@ class _FrozenLinear(torch.autograd.Function):
         x, weight, p, z, *q = ctx.saved_tensors
         need_x, _, _, need_p, _, _, *need = ctx.needs_input_grad
         needed = (need_x, need_p, any(need[: len(q)]), any(need[len(q) :]))
-        with products.plain_dtypes(g):
-            g_x, g_p, g_q, g_bias = _gradients(ctx, g, None, x, p, z, q, needed, weight)
+        g_x, g_p, g_q, g_bias = _gradients(ctx, g, None, x, p, z, q, needed, weight)
         return g_x, None, None, g_p, None, None, *g_q, *g_bias
 
 
@@ -205,9 +206,8 @@ def add(
 ) -> Tensor:
     """`y` with `(x P_i) Q_i^T + b_i` added to its rows `first_i .. first_i + width_i - 1`; a new tensor.
 
-    `into=True` adds to `y` itself where it can (eager mode; contiguous, no view, no leaf that learns), then
-    differentiable once:
-    for an output that no one else holds.
+    `into=True` adds to `y` itself where it can (eager mode; contiguous, no view, no leaf that learns), and is then
+    differentiable once: for an output that no one else holds.
 
     Args:
         y: `(..., out)`; its dtype is the one that is computed in, so under autocast it is the base layer's.
@@ -235,8 +235,9 @@ def linear(
 ) -> Tensor:
     """`add(layer(x), x, factors, bias, first)`, with the other rows those of `layer(x)`, bit for bit.
 
-    A plain frozen `nn.Linear` runs as one with what is added, in eager mode and outside autocast; a layer that learns,
-    is of another class or has hooks is called as a module. Differentiable once.
+    A plain frozen `nn.Linear` runs as one with what is added, where it `fuses`; a layer that learns, is of another
+    class or has hooks is called as a module, and what it returns is left alone unless the layer is stock and no hook
+    sees it. Differentiable once where it fuses, and where the layer is stock.
 
     Args:
         layer: `(..., in) -> (..., out)`. x: `(..., in)`. factors, bias, first: as in `add`.
@@ -244,21 +245,31 @@ def linear(
     Raises:
         ValueError: shapes or ranges that do not fit. TypeError: a layer whose output is not floating-point.
     """
-    if torch.compiler.is_compiling() or not _plain_and_frozen(layer) or products.autocasts(x):
-        return add(layer(x), x, factors, bias, first, into=True)
+    if not fuses(layer, x):
+        return add(layer(x), x, factors, bias, first, into=_is_stock(layer))
     p, q, b = _operands(factors, bias, x.dtype)
     return _FrozenLinear.apply(x, layer.weight, layer.bias, p, first, len(q), *q, *b)
 
 
-def _plain_and_frozen(layer: nn.Module) -> bool:
-    """Whether calling the layer is multiplying by its weight and no more, and nothing of it learns."""
-    if type(layer) is not nn.Linear or "forward" in vars(layer) or layer._compiled_call_impl is not None:
-        return False  # accelerate sets a forward; `layer.compile()` the other
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+def fuses(layer: nn.Module, x: Tensor) -> bool:
+    """Whether `linear` runs the layer and what is added as one on `x (..., in)`: in plain eager mode only.
+
+    That is a frozen stock `nn.Linear`, without autocast, compilation, tracing and the transforms of torch.func.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return False
+    if not isinstance(x, Tensor) or not _is_stock(layer) or products.autocasts(x):  # torch.fx passes proxies
         return False
     own = [t for t in (layer.weight, layer.bias) if t is not None]  # not parameters(): a weight may be computed
-    plain = all(type(t) in (Tensor, nn.Parameter) and not t.requires_grad for t in own)
-    return plain and not _has_any_global_hook()
+    return all(type(t) in (Tensor, nn.Parameter) and not t.requires_grad for t in own)
+
+
+def _is_stock(layer: nn.Module) -> bool:
+    """Whether calling the layer is multiplying by its weight and no more, so that no one else holds what it returns."""
+    if type(layer) is not nn.Linear or "forward" in vars(layer) or layer._compiled_call_impl is not None:
+        return False  # accelerate sets a forward; `layer.compile()` the other
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return not hooked and not _has_any_global_hook()
 
 
 def add_ref(y: Tensor, x: Tensor, factors: list[tuple[Tensor, Tensor]], bias: list[Tensor] | None, first: list[int]):

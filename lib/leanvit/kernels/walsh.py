@@ -13,9 +13,10 @@ own: the products of a linear layer see one matrix of `prefix + P*R` rows an ima
 The dense one-liner it equals: `torch.cat([x[:, :prefix], dense_matrix(...) @ x[:, prefix:]], dim=1)`.
 
 Both are torch ops (`torch.ops.leanvit.walsh_project`, `walsh_expand`) with autograd, fake tensors and a FLOP formula.
-In torch, tokens that all chosen bases treat alike are added up first (four by four of them for LP_L1-2, two by two for
-LP_L1-4); what is left is one small product a block, all blocks of all images in one batched call. With many bases there
-are no such tokens: then a grid is cut in rows of blocks, and each is one batched product.
+In torch both are weighted sums of rows (`embedding_bag`), all images and their prefix tokens in one call. Where all
+chosen bases treat some tokens alike (four by four of them for LP_L1-2, two by two for LP_L1-4), two calls read less:
+those tokens are added up first. Tokens that lie apart, a convolution's, are projected by one batched product for each
+row of blocks.
 On CUDA tensors the source `walsh.cu` is compiled for the given set of bases (`kernels/cuda.py`).
 """
 
@@ -197,7 +198,12 @@ def _stages(
     return [stage(count * per_block, h * w, *to_cells), stage(count * rank, count * per_block, *to_bases)]
 
 
-@functools.lru_cache(maxsize=32)  # their size grows with the batch
+@functools.lru_cache(maxsize=64)
+def _kept(*key) -> list[tuple[int, list[_Bags]]]:
+    """What `_bags` built for the largest batch so far, and the number of its images."""
+    return [(0, [])]
+
+
 def _bags(
     images: int,
     h: int,
@@ -213,10 +219,15 @@ def _bags(
 ) -> list[_Bags]:
     """For each stage, over images that lie one below the other: rows to add up, where each sum begins, their weights.
 
-    Without weights all are one, without beginnings each sum is a single row. `turned` gives the transpose.
+    Without weights all are one, without beginnings each sum is a single row. `turned` gives the transpose. Those of few
+    images are the first of those of many.
     """
+    kept = _kept(h, w, prefix, bases, order, reflect, by_cells, turned, dtype, device)
+    most, found = kept[0]
+    if most >= images:
+        return [tuple(None if t is None else t[: len(t) // most * images] for t in bags) for bags in found]
     image = torch.arange(images)[:, None]
-    bags: list[_Bags] = []
+    found = []
     for height, width, row, column, value in _stages(h, w, prefix, bases, order, reflect, by_cells):
         if turned:
             height, width, row, column = width, height, column, row
@@ -225,23 +236,26 @@ def _bags(
         begins = (sizes.cumsum(0) - sizes + len(row) * image).flatten().int().to(device)
         plain = bool((value == 1).all())
         weights = None if plain else value[sort].repeat(images).to(device, dtype)
-        bags.append((rows_, None if plain and bool((sizes == 1).all()) else begins, weights))
-    return bags[::-1] if turned else bags
+        found.append((rows_, None if plain and bool((sizes == 1).all()) else begins, weights))
+    found = found[::-1] if turned else found
+    kept[0] = images, found
+    return found
 
 
-def _few_cells(bases: tuple[int, ...], order: int) -> bool:
-    return 4 * _cells(bases, order)[1].shape[1] <= order**2
+def _by_cells(x: Tensor, bases: tuple[int, ...], order: int) -> bool:
+    # sums between would round half precision a second time, or overflow it; one alone is rounded once
+    whole = x.dtype in (torch.float32, torch.float64)
+    return whole and len(bases) > 2 and 4 * _cells(bases, order)[1].shape[1] <= order**2
 
 
 def _sums(x: Tensor, *grid, by_cells: bool, turned: bool) -> Tensor:
-    wide = torch.promote_types(x.dtype, torch.float32)  # a sum in half precision would be rounded, or overflow
-    y = x.flatten(0, 1).to(wide)
-    for rows_, begins, weights in _bags(len(x), *grid, by_cells, turned, wide, x.device):
+    y = x.flatten(0, 1)
+    for rows_, begins, weights in _bags(len(x), *grid, by_cells, turned, x.dtype, x.device):
         if begins is None:
             y = F.embedding(rows_, y)
         else:
             y = F.embedding_bag(rows_, y, begins, mode="sum", per_sample_weights=weights)
-    return y.to(x.dtype).unflatten(0, (len(x), -1))
+    return y.unflatten(0, (len(x), -1))
 
 
 # --- in torch, where tokens lie apart (a convolution's): one batched product for each row of blocks -------------------
@@ -285,14 +299,14 @@ def _project_torch(x: Tensor, h: int, w: int, prefix: int, bases: list[int], ord
     grid = h, w, prefix, tuple(bases), order, reflect
     if not x.is_contiguous() or not x.numel():
         return _project_bands(x, *grid)
-    return _sums(x, *grid, by_cells=_few_cells(tuple(bases), order), turned=False)
+    return _sums(x, *grid, by_cells=_by_cells(x, tuple(bases), order), turned=False)
 
 
 def _expand_torch(z: Tensor, h: int, w: int, prefix: int, bases: list[int], order: int, reflect: bool) -> Tensor:
     if not z.numel():
         return _expand_fake(z, h, w, prefix, bases, order, reflect)
     # the R rows of a block stay in the cache while its tokens are summed, unless they are wide
-    by_cells = z.shape[2] > 1024 and _few_cells(tuple(bases), order)
+    by_cells = z.shape[2] > 1024 and _by_cells(z, tuple(bases), order)
     return _sums(z, h, w, prefix, tuple(bases), order, reflect, by_cells=by_cells, turned=True)
 
 
@@ -311,7 +325,7 @@ def _cuda_kernels():
     if cuda.available():
         return cuda
     warnings.warn(
-        f"{cuda.unavailable()}: the Walsh kernels run as torch products on the GPU (slower, same results); "
+        f"{cuda.unavailable()}: the Walsh kernels run as torch ops on the GPU (slower, same results); "
         "pip install 'leanvit[cuda]' brings CuPy",
         stacklevel=2,
     )
