@@ -97,7 +97,7 @@ class LoRA(LowRank):
 
     In eager mode a stock frozen `nn.Linear` runs as one with the adapter (`kernels/lowrank.py`), differentiable once.
     Any other base is called as a module and its weight is not read, so a layer with a backward of its own (LBP-WHT)
-    stays what it is.
+    stays what it is. The output has the base's dtype.
     `lora_A (rank, in)`, `lora_B (out, rank)` for a linear layer and a convolution alike.
     """
 
@@ -112,7 +112,7 @@ class LoRA(LowRank):
         if isinstance(self.base, nn.Conv2d):
             a, b = self.lora_A[:, :, None, None], self.lora_B[:, :, None, None]
             return self.base(x) + F.conv2d(F.conv2d(x, a) * self.scale, b)
-        if lowrank.fuses(self.base, x):
+        if lowrank.eager(x):
             return lowrank.linear(self.base, x, [self.factors()], None, [0])
         return self.base(x) + super().forward(x)
 

@@ -235,9 +235,9 @@ def linear(
 ) -> Tensor:
     """`add(layer(x), x, factors, bias, first)`, with the other rows those of `layer(x)`, bit for bit.
 
-    A plain frozen `nn.Linear` runs as one with what is added, where it `fuses`; a layer that learns, is of another
-    class or has hooks is called as a module, and what it returns is left alone unless the layer is stock and no hook
-    sees it. Differentiable once where it fuses, and where the layer is stock.
+    A stock frozen `nn.Linear` runs as one with what is added, in `eager` mode and outside autocast; one that learns, is
+    of another class or has hooks is called as a module. Differentiable once where the layer is a stock one without
+    hooks, which is added to in place; what any other returns is left as it is.
 
     Args:
         layer: `(..., in) -> (..., out)`. x: `(..., in)`. factors, bias, first: as in `add`.
@@ -245,20 +245,21 @@ def linear(
     Raises:
         ValueError: shapes or ranges that do not fit. TypeError: a layer whose output is not floating-point.
     """
-    if not fuses(layer, x):
-        return add(layer(x), x, factors, bias, first, into=_is_stock(layer))
+    if not _fuses(layer, x):
+        return add(layer(x), x, factors, bias, first, into=eager(x) and _is_stock(layer))
     p, q, b = _operands(factors, bias, x.dtype)
     return _FrozenLinear.apply(x, layer.weight, layer.bias, p, first, len(q), *q, *b)
 
 
-def fuses(layer: nn.Module, x: Tensor) -> bool:
-    """Whether `linear` runs the layer and what is added as one on `x (..., in)`: in plain eager mode only.
-
-    That is a frozen stock `nn.Linear`, without autocast, compilation, tracing and the transforms of torch.func.
-    """
+def eager(x: Tensor) -> bool:
+    """Whether an op of our own may replace torch's on `x` (any shape): not where one compiles, traces or transforms."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
         return False
-    if not isinstance(x, Tensor) or not _is_stock(layer) or products.autocasts(x):  # torch.fx passes proxies
+    return isinstance(x, Tensor)  # torch.fx passes proxies
+
+
+def _fuses(layer: nn.Module, x: Tensor) -> bool:
+    if not eager(x) or not _is_stock(layer) or products.autocasts(x):
         return False
     own = [t for t in (layer.weight, layer.bias) if t is not None]  # not parameters(): a weight may be computed
     return all(type(t) in (Tensor, nn.Parameter) and not t.requires_grad for t in own)
