@@ -166,7 +166,8 @@ def text() -> str:
         f"handwritten digits from {images} small grey images; mean and standard deviation over {seeds} seeds. MFLOPs "
         "are those of the backward pass through the linear layers, by the paper's rule; *step ×* is the measured "
         "speed-up of a training step over exact back-propagation, *saved* the bytes kept for the backward pass, "
-        "exact = 1. On a model this narrow the transforms take a good part of what they save: the second table has real widths.",
+        "exact = 1. On a model this narrow the transforms take a good part of what they save: the second table has "
+        "real widths.",
         "",
         *comparison(lbp),
         "",
