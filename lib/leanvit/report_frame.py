@@ -132,7 +132,13 @@ dt { color: var(--soft); } dd { margin: 0; }
 .output_stderr { color: var(--soft); }
 .scroll, .formula { overflow-x: auto; margin: .8rem 0; }
 .scroll { overflow-y: auto; max-height: min(85vh, 60rem); border: 1px solid var(--line); border-radius: 6px;
-  width: fit-content; max-width: 100%; }
+  width: fit-content; max-width: 100%;
+  /* a shadow at the side where a wide table goes on; it scrolls away with the page's colour over it */
+  --shade: color-mix(in srgb, var(--soft) 30%, transparent);
+  background: linear-gradient(to right, var(--page) 40%, transparent) left / 3rem 100% no-repeat local,
+    linear-gradient(to left, var(--page) 40%, transparent) right / 3rem 100% no-repeat local,
+    linear-gradient(to right, var(--shade), transparent) left / 1rem 100% no-repeat scroll,
+    linear-gradient(to left, var(--shade), transparent) right / 1rem 100% no-repeat scroll; }
 .picture-box { overflow-x: auto; } .picture-box img { background: #fff; border-radius: 6px; }
 /* a wide figure shrunk to a phone could not be read: it keeps its size, up to a point, and moves in its box */
 @media (max-width: 40rem) { .picture-box img { max-width: none; width: max(100%, min(var(--natural), 38rem)); } }
