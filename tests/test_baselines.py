@@ -1,5 +1,6 @@
 import copy
 import math
+import warnings
 
 import peft
 import pytest
@@ -232,6 +233,10 @@ def test_lora_under_transforms_and_tracing():
     plain.square().sum().backward()
     torch.testing.assert_close(each["lora_A"].sum(0), layer.lora_A.grad)
     torch.testing.assert_close(torch.fx.symbolic_trace(layer)(x), plain)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit.trace is deprecated
+        traced = torch.jit.trace(layer, (x.detach(),))
+    assert "PythonOp" not in str(traced.graph)  # can be saved
     exported = torch.export.export(layer, (x.detach(),))
     assert not any("leanvit" in str(node.target) for node in exported.graph.nodes)  # loads without this package
 

@@ -270,16 +270,14 @@ def test_each_shape_goes_the_way_that_was_measured_fastest(monkeypatch, k, chann
 
 @pytest.mark.parametrize("k", [2, 6])
 def test_a_batch_gives_what_its_images_give_whatever_batch_came_before(k):
-    walsh._kept.cache_clear()
     grid = 9, 14, 1, flat(lbp_wht.low_pass_l1(k)), 8, True
     x = torch.randn(5, 1 + 9 * 14, 1030)
     z = walsh.project(x, *grid)
     back = walsh.expand(z, *grid)
-    for images in (1, 3, 5, 2):  # index tensors of the largest batch serve the smaller ones
+    walsh._kept.cache_clear()
+    for images in (1, 3, 5, 2, 4):  # index tensors grow, and those of the largest batch serve the smaller ones
         assert torch.equal(walsh.project(x[:images], *grid), z[:images])
         assert torch.equal(walsh.expand(z[:images], *grid), back[:images])
-    more = torch.cat([x, x])
-    assert torch.equal(walsh.project(more, *grid), torch.cat([z, z]))
 
 
 @pytest.mark.parametrize("shape", [(0, 65, 4), (2, 65, 0)])

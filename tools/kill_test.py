@@ -41,11 +41,12 @@ class Failed(Exception):
 
 
 def processes(root: Path) -> list[psutil.Process]:
-    """All that run in the repository, whatever became of their parents."""
-    found = []
+    """All that run in the repository, whatever became of their parents; not this test, should it be started there."""
+    found, this = [], psutil.Process()
+    own = {this.pid, *(parent.pid for parent in this.parents())}
     for process in psutil.process_iter(["cwd", "status"]):
         cwd, alive = process.info["cwd"], process.info["status"] != psutil.STATUS_ZOMBIE
-        if cwd and alive and Path(cwd).is_relative_to(root):
+        if cwd and alive and process.pid not in own and Path(cwd).is_relative_to(root):
             found.append(process)
     return found
 
