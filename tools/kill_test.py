@@ -33,6 +33,7 @@ KINDS = {"runner": r"leanvit(\.run)? run", "worker": r"leanvit\.worker", "kernel
 MEASURED = r"(?i)seconds|_s$|_ms|\bms\b|latency|time|speed|faster|throughput|per_s|memory|mib|clock|threads"
 MEASURED += "|advice|serving|fronts"  # of 6_side_by_side: chosen by measured times
 COMPARED = "notebook run tier params_file overrides headline parameters seeds notes sources".split()
+OWN = {process.pid for process in (psutil.Process(), *psutil.Process().parents())}  # may have been started in CLONE
 GONE_S = 20.0  # for workers and kernels to notice that the runner is dead
 
 
@@ -42,11 +43,10 @@ class Failed(Exception):
 
 def processes(root: Path) -> list[psutil.Process]:
     """All that run in the repository, whatever became of their parents; not this test, should it be started there."""
-    found, this = [], psutil.Process()
-    own = {this.pid, *(parent.pid for parent in this.parents())}
+    found = []
     for process in psutil.process_iter(["cwd", "status"]):
         cwd, alive = process.info["cwd"], process.info["status"] != psutil.STATUS_ZOMBIE
-        if cwd and alive and process.pid not in own and Path(cwd).is_relative_to(root):
+        if cwd and alive and process.pid not in OWN and Path(cwd).is_relative_to(root):
             found.append(process)
     return found
 
